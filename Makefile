@@ -1,0 +1,38 @@
+# `make` lists the targets. All of them install what they need first, into .venv, from the package index pip is set to.
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+BENCHMARKS := $(sort $(wildcard benchmarks/*.py))
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-s3 check bench
+
+help: ## this list
+	@sed -nE 's/^([a-z0-9-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
+
+setup: $(INSTALLED) ## .venv with masklake and everything that develops it
+
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 11) or sys.exit(f"masklake needs Python 3.11 or later; $(PYTHON) is {v.major}.{v.minor}: make PYTHON=python3.12 …")'
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@echo "Installing into .venv: about 5 GB with PyTorch's GPU libraries, several minutes the first time …"
+	@$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: setup ## makes a small lake of rendered scenes, labels it, scores the labels
+	@$(BIN)/masklake demo
+
+test: setup ## the quick suite
+	@$(BIN)/python -m pytest -q -m "not s3"
+
+test-s3: setup ## the tests against Ceph RGW, a real S3 server
+	@$(BIN)/python -m pytest -q -m s3
+
+check: setup ## lint, format, types, import rules
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports
+
+bench: setup ## every benchmark, both sides and the ratio
+	@set -e; for script in $(BENCHMARKS); do echo "== $$script"; $(BIN)/python $$script; done

@@ -1,0 +1,184 @@
+"""Joins a Ray cluster, or starts an embedded one on this machine. The only place that calls ray.init.
+
+Enters: an address, or none. Leaves: a ClusterInfo, or a UsageError in one line.
+"""
+
+import logging
+import os
+import socket
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import ray
+from ray._private import ray_constants
+from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR
+from ray.exceptions import AuthenticationError
+
+from schemas.errors import UsageError
+
+_PROBE_TIMEOUT_S = 5.0
+# Ray Data's own tasks ask for a whole CPU, and an actor needs room beside one. CPUs are bookkeeping: on one
+# core the two take turns.
+_MIN_LOCAL_CPUS = 2
+
+
+@dataclass(frozen=True)
+class ClusterInfo:
+    """What there is to run on, as Ray counts it.
+
+    Attributes:
+        num_cpus, num_gpus: of all nodes that are alive.
+        num_nodes: nodes that are alive.
+        node_cpus: CPUs of each node that has any, the largest first.
+        started_here: an embedded Ray that ends with this process.
+    """
+
+    num_cpus: float
+    num_gpus: float
+    num_nodes: int
+    node_cpus: tuple[float, ...]
+    started_here: bool
+
+
+_open_connects = 0  # calls of connect() that wait for their shutdown(), since this module called ray.init
+
+
+def connect(address: str | None = None, num_cpus: int | None = None) -> ClusterInfo:
+    """Join the cluster at `address`, that of RAY_ADDRESS or of the Ray job around us, else start a local one.
+
+    A local one listens on 127.0.0.1 only, keeps Ray's token authentication, and has no dashboard. A process
+    that is connected already stays with its cluster. Each call wants one shutdown().
+
+    Args:
+        address: HOST:PORT of the cluster's head; "auto": the cluster that was started on this machine.
+        num_cpus: CPUs of a local one; None: all of this machine's. A cluster that is joined has its own.
+
+    Raises:
+        UsageError: no such cluster, no token for it, or another version of Ray or Python.
+    """
+    global _open_connects
+    started_here = False
+    if not ray.is_initialized():
+        target = cluster_address(address)
+        _quiet_environment()
+        if target is None:
+            _start_local(num_cpus)
+            started_here = True
+        else:
+            _join(target)
+        _open_connects = 1
+    elif _open_connects:
+        _open_connects += 1
+    return _cluster_info(started_here)
+
+
+def cluster_address(address: str | None = None) -> str | None:
+    """The address of the cluster that `connect(address)` would join; None where it would start a local one."""
+    in_a_job = RAY_JOB_CONFIG_JSON_ENV_VAR in os.environ
+    return address or os.environ.get("RAY_ADDRESS") or ("auto" if in_a_job else None)
+
+
+def shutdown() -> None:
+    """Undo one connect(). The last one leaves the cluster, or stops it where it was started here.
+
+    A connection that somebody else opened stays open.
+    """
+    global _open_connects
+    if _open_connects == 1:
+        ray.shutdown()
+    _open_connects = max(0, _open_connects - 1)
+
+
+def _quiet_environment() -> None:
+    """Settings that Ray reads from the environment alone; what the user has set stays."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # An actor without a GPU keeps the devices it sees; unset, Ray warns in each worker that this will change.
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    # Ray Data makes its actor pools in a way for which Ray's C++ logs an error in every run.
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+
+
+def _start_local(num_cpus: int | None) -> None:
+    # Ray takes 127.0.0.1 for "look up this machine's address", and its daemons then listen on every
+    # interface. This is its switch for systems whose firewall would ask; it is read when the address is
+    # looked up.
+    previous = ray_constants.ENABLE_RAY_CLUSTER
+    ray_constants.ENABLE_RAY_CLUSTER = False
+    try:
+        with _native_stderr_dropped():
+            ray.init(
+                address="local",
+                num_cpus=max(_MIN_LOCAL_CPUS, num_cpus or os.cpu_count() or 1),
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                _node_ip_address="127.0.0.1",
+            )
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = previous
+
+
+def _join(address: str) -> None:
+    if address != "auto":
+        _probe(address)
+    try:
+        with _native_stderr_dropped():
+            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+    except (AuthenticationError, ConnectionError, RuntimeError, ValueError) as error:
+        text = str(error.__cause__ or error).strip()
+        if isinstance(error, AuthenticationError) or "AuthenticationError" in text:
+            raise UsageError(
+                f"the Ray cluster at {address} wants its token: set RAY_AUTH_MODE=token, and "
+                "RAY_AUTH_TOKEN_PATH to a file with it (~/.ray/auth_token where the cluster was started)"
+            ) from error
+        reason = text.splitlines()[-1] if "Traceback" in text else text
+        raise UsageError(f"cannot join the Ray cluster at {address}: {reason}") from error
+
+
+def _probe(address: str) -> None:
+    """Refuse within seconds what Ray would try for minutes."""
+    host, _, port = address.rpartition(":")
+    if "://" in address:
+        raise UsageError(
+            f"{address} is not the HOST:PORT of a cluster's head; to run there from outside use "
+            f"`ray job submit --address {address} -- python -m jobs.infer job.yaml`"
+        )
+    if not host or not port.isdecimal() or not 0 < int(port) < 65536:
+        raise UsageError(
+            f"{address} is not the address of a Ray cluster, wanted HOST:PORT such as 10.0.0.5:6379"
+        )
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_PROBE_TIMEOUT_S).close()
+    except OSError as error:
+        raise UsageError(
+            f"no Ray cluster answers at {address}: {error.strerror or error}; give another --address or "
+            "RAY_ADDRESS, or neither to run on this machine"
+        ) from None
+
+
+@contextmanager
+def _native_stderr_dropped() -> Iterator[None]:
+    """Keep the chatter of Ray's C++ off the terminal while it starts; it is in Ray's log files too."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    try:
+        with open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+
+
+def _cluster_info(started_here: bool) -> ClusterInfo:
+    nodes = ray.nodes()  # type: ignore[no-untyped-call]  # Ray's types stop here
+    resources = [node["Resources"] for node in nodes if node["Alive"]]
+    return ClusterInfo(
+        num_cpus=sum(node.get("CPU", 0.0) for node in resources),
+        num_gpus=sum(node.get("GPU", 0.0) for node in resources),
+        num_nodes=len(resources),
+        node_cpus=tuple(sorted((node["CPU"] for node in resources if node.get("CPU")), reverse=True)),
+        started_here=started_here,
+    )

@@ -1,0 +1,1 @@
+"""The demonstration: rendered scenes, the bundled checkpoint, and the tour of `masklake demo`."""

@@ -1,0 +1,1 @@
+"""Evaluation of a label table against ground truth."""

@@ -1,0 +1,1 @@
+"""The label job: source -> plan -> read -> label -> write -> commit."""

@@ -1,0 +1,349 @@
+"""`masklake infer`: label every image of a source that the lake's table does not have yet.
+
+    prepare (spec, model, storage) -> plan (source minus table) -> pipeline -> commits -> summary
+
+The driver is the only one that makes labels visible; whatever dies elsewhere, the table stays whole.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import secrets
+import signal
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from types import FrameType
+
+import yaml
+
+from cluster.profiles import PoolPlan, actor_profile
+from cluster.session import ClusterInfo, cluster_address, connect, shutdown
+from jobs.infer.label import Replica
+from jobs.infer.pipeline import FinishedUnit, run_pipeline
+from jobs.infer.progress import Watcher
+from jobs.infer.read import ShardTask
+from jobs.infer.rows import Lineage
+from jobs.infer.summary import Summary
+from jobs.infer.units import ShardReadError
+from jobs.lake.commit import Committer, DeltaStore, app_id
+from jobs.lake.labels_table import LabelsTable
+from jobs.lake.lease import Lease
+from jobs.lake.models import read_checkpoint_bytes
+from jobs.lake.plan import plan_shards
+from jobs.lake.shard_index import load_shard_index, save_shard_index
+from jobs.lake.sources import list_shards
+from jobs.lake.storage import Storage
+from maskrcnn_core.checkpoint import CheckpointError, parse_checkpoint
+from maskrcnn_core.predictor import Precision, default_device, resolve_precision
+from schemas.errors import FailureBudgetExceeded, MasklakeError, UsageError
+from schemas.specs import InferSpec, PoolSpec
+
+# The budget is a share; below this many images a few bad ones say nothing yet, so it is judged at the end only.
+MIN_IMAGES_FOR_BUDGET = 1000
+LEASE_TTL_S = 120.0
+
+
+@dataclass(frozen=True)
+class Job:
+    """A spec made ready: everything checked that can be without reading an image."""
+
+    spec: InferSpec
+    storage: Storage
+    source_uri: str
+    lake_uri: str
+    checkpoint: bytes
+    preset: str
+    model_overrides: dict[str, float | int | None]
+    model_id: str
+    device: str
+    precision: Precision
+    run_id: str
+    spec_hash: str
+
+    @property
+    def lineage(self) -> Lineage:
+        return Lineage(self.source_uri, self.model_id, self.run_id)
+
+
+class Interrupted(MasklakeError):
+    """The run was asked to stop; what was finished is committed."""
+
+
+def run_infer(spec: InferSpec, watcher: Watcher) -> Summary:
+    """Label what is missing.
+
+    Returns:
+        the summary of a run that is done, or had nothing to do.
+
+    Raises:
+        UsageError: the source, the model, the lake or the spec cannot work. Nothing was written.
+        MasklakeError: the run failed or was stopped; its class says how. What was committed stays, the summary is
+            in <lake>/runs/<run_id>/, and running the same again goes on from there.
+    """
+    started = time.monotonic()
+    job = prepare(spec)
+    summary = Summary(
+        job.run_id, job.model_id, job.source_uri, job.lake_uri, precision=job.precision, device=job.device
+    )
+    tasks, table = _plan(job)
+    if not tasks:
+        summary.status = "nothing_to_do"
+        summary.committed_version = table.version if table else None
+        summary.seconds = time.monotonic() - started
+        watcher.note(f"nothing to do: every image of {job.source_uri} has labels of {job.model_id}.")
+        return summary
+
+    job.storage.probe_conditional_put(job.lake_uri)
+    holder = f"{job.run_id} on {socket.gethostname()}"
+    with Lease.acquire(job.storage, job.lake_uri, app_id(job.source_uri, job.model_id), holder, LEASE_TTL_S) as lease:
+        table = LabelsTable.open_or_create(job.lake_uri, job.storage)
+        committer = Committer(
+            DeltaStore(table),
+            app_id(job.source_uri, job.model_id),
+            {"run_id": job.run_id, "model_id": job.model_id, "spec_hash": job.spec_hash},
+            spec.commit.every_s,
+            spec.commit.every_images,
+        )
+        # Planned again now that nobody else commits: another run may have finished since the first look.
+        tasks, _ = _plan(job)
+        run = _Run(job, committer, lease, summary, watcher, started)
+        run.write_record("spec.yaml", yaml.safe_dump(spec.model_dump(mode="json"), sort_keys=False))
+        try:
+            with _stop_on_signals():
+                run.work(tasks)
+            summary.status = "done"
+        except BaseException as error:
+            summary.status = "interrupted" if isinstance(error, (Interrupted, KeyboardInterrupt)) else "failed"
+            summary.error = str(error) or type(error).__name__
+            raise
+        finally:
+            watcher.stop()
+            summary.seconds = time.monotonic() - started
+            run.write_record("summary.json", json.dumps(summary.to_dict(), indent=2))
+    return summary
+
+
+def prepare(spec: InferSpec) -> Job:
+    """Check the spec against the world: storage answers, the checkpoint loads and fits.
+
+    Raises:
+        UsageError: it cannot work; one line says why.
+    """
+    storage = Storage(spec.storage)
+    source_uri, lake_uri = storage.normalize(spec.source.uri), storage.normalize(spec.lake.uri)
+    for uri, what in ((source_uri, "source.uri"), (lake_uri, "lake.uri")):
+        if uri.startswith("memory://"):
+            raise UsageError(f"{what} is {uri}: workers cannot see this process's memory; use a folder, s3:// or gs://.")
+    checkpoint, where = read_checkpoint_bytes(spec.model.uri, storage)
+    device = _actor_device(spec.pool)
+    overrides = spec.model.model_dump(exclude={"uri"})
+    try:
+        parsed = parse_checkpoint(checkpoint, where)
+        precision = resolve_precision(spec.pool.precision, device)
+        if precision == "fp16" and device == "cpu":
+            raise UsageError("pool.precision fp16 needs a GPU and there is none; use fp32, bf16 or auto.")
+        parsed.build(**overrides)  # also refuses weights that do not fit, before a cluster is asked for
+        model_id = parsed.model_id(precision, **overrides)
+    except (CheckpointError, ValueError) as error:
+        raise UsageError(f"model: {error}") from error
+    storage.check_reachable(source_uri, "source.uri")
+    storage.check_reachable(lake_uri, "lake.uri")
+    now = datetime.now(UTC)
+    return Job(
+        spec=spec,
+        storage=storage,
+        source_uri=source_uri,
+        lake_uri=lake_uri,
+        checkpoint=checkpoint,
+        preset=parsed.config.preset,
+        model_overrides=overrides,
+        model_id=model_id,
+        device=device,
+        precision=precision,
+        run_id=f"infer-{now:%Y%m%dT%H%M%SZ}-{secrets.token_hex(3)}",
+        spec_hash=hashlib.blake2b(spec.model_dump_json().encode(), digest_size=8).hexdigest(),
+    )
+
+
+def _actor_device(pool: PoolSpec) -> str:
+    """Where the actors will run, known without starting a local Ray: model_id depends on it through the precision."""
+    if pool.gpus_per_actor != "auto":
+        return "cuda" if pool.gpus_per_actor > 0 else "cpu"
+    if cluster_address() is None:
+        return default_device()
+    num_gpus = connect().num_gpus
+    shutdown()
+    return "cuda" if num_gpus >= 1 else "cpu"
+
+
+def _plan(job: Job) -> tuple[list[ShardTask], LabelsTable | None]:
+    """Source minus table, without writing anything; the table is None where the lake has none yet."""
+    shards = list_shards(job.spec.source, job.storage)
+    if not LabelsTable.exists(job.lake_uri, job.storage):
+        return [ShardTask(shard, frozenset()) for shard in shards], None
+    table = LabelsTable.open(job.lake_uri, job.storage)
+    done = table.done_images(job.source_uri, job.model_id, job.spec.failures.retry)
+    index = load_shard_index(job.storage, job.lake_uri, job.source_uri, job.model_id)
+    return [ShardTask(shard, skip) for shard, skip in plan_shards(shards, done, index)], table
+
+
+@dataclass
+class _ShardProgress:
+    """Units of a shard: seen by the driver, and how many there are once its last row has come."""
+
+    num_seen: int = 0
+    num_units: int | None = None
+    version: str | None = None
+    num_images: int = 0
+
+
+@dataclass
+class _Run:
+    """The driver's side of one run."""
+
+    job: Job
+    committer: Committer
+    lease: Lease
+    summary: Summary
+    watcher: Watcher
+    started: float
+    shards: dict[str, _ShardProgress] = field(default_factory=dict)
+
+    def work(self, tasks: list[ShardTask]) -> None:
+        """Run the pipeline over the tasks, committing as it goes and once at the end."""
+        cluster = connect()
+        try:
+            self._work_on(cluster, tasks)
+        finally:
+            shutdown()
+
+    def _work_on(self, cluster: ClusterInfo, tasks: list[ShardTask]) -> None:
+        plan = self._pool(cluster)
+        self.summary.shards = len(tasks)
+        self.summary.actors = plan.max_actors
+        self.watcher.start(len(tasks), sum(_shard_bytes(task) for task in tasks))
+        replica = Replica(
+            self.job.model_overrides,
+            self.job.device,
+            self.job.precision,
+            self.job.spec.pool.batch_size,
+            plan.torch_threads,
+        )
+        units = run_pipeline(
+            tasks, self.job.spec, self.job.storage, self.job.lineage, self.job.checkpoint, replica, plan
+        )
+        try:
+            for unit in units:
+                self._take(unit)
+                if self.committer.due():
+                    self._commit()
+                    self._check_budget(MIN_IMAGES_FOR_BUDGET)
+                self.watcher.update(self.summary)
+        except KeyboardInterrupt:
+            self._commit()
+            raise Interrupted(
+                f"stopped after {self.summary.committed_images} images were committed; run the same command again to go on."
+            ) from None
+        self._commit()
+        self.watcher.update(self.summary)
+        self._check_budget(1)
+        if self.summary.unread_shards:
+            name, why = next(iter(self.summary.unread_shards.items()))
+            raise ShardReadError(
+                f"{len(self.summary.unread_shards)} of {len(tasks)} shards could not be read to their end, first {name}: "
+                f"{why} The rest is committed; run the same command again for what is missing."
+            )
+
+    def write_record(self, name: str, text: str) -> None:
+        uri = f"{self.job.lake_uri}/runs/{self.job.run_id}/{name}"
+        self.job.storage.write_bytes(uri, text.encode())
+
+    def _pool(self, cluster: ClusterInfo) -> PoolPlan:
+        if self.job.device == "cpu":
+            self.watcher.note(f"no GPU: labelling on {cluster.num_cpus:g} CPU cores in {self.job.precision}.")
+        return actor_profile(
+            cluster.num_gpus,
+            cluster.num_cpus,
+            self.job.spec.pool,
+            self.job.preset,
+            node_cpus=cluster.node_cpus,
+            max_images=self.job.spec.unit.max_images,
+        )
+
+    def _take(self, unit: FinishedUnit) -> None:
+        report = unit.report
+        shard = self.shards.setdefault(report.shard, _ShardProgress())
+        if unit.fragment is not None:
+            if not self.committer.add(unit.fragment):
+                return  # the unit came twice; the other file stays an orphan
+            shard.num_seen += 1
+        elif report.shard_num_units is not None:
+            shard.num_units, shard.version = report.shard_num_units, report.shard_version
+            shard.num_images = report.shard_num_images or 0
+        self.summary.add(report)
+
+    def _commit(self) -> None:
+        """Make what is finished visible, then remember the shards that are complete."""
+        if self.lease.lost:
+            raise MasklakeError(
+                "another run took the lease over while this one was paused; nothing more is committed here."
+            )
+        version = self.committer.commit()
+        if version is None:
+            return
+        self.summary.commits += 1
+        self.summary.committed_version = version
+        self.summary.committed_images = self.committer.num_committed_ok + self.committer.num_committed_failed
+        complete = {
+            (name, shard.version): shard.num_images
+            for name, shard in self.shards.items()
+            if shard.version is not None and shard.num_units == shard.num_seen
+        }
+        if complete:
+            save_shard_index(
+                self.job.storage,
+                self.job.lake_uri,
+                self.job.source_uri,
+                self.job.model_id,
+                self.job.run_id,
+                complete,
+            )
+
+    def _check_budget(self, min_images: int) -> None:
+        budget, summary = self.job.spec.failures.budget, self.summary
+        if summary.images >= min_images and summary.failed > budget * summary.images:
+            kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(summary.failed_by_kind.items()))
+            raise FailureBudgetExceeded(
+                f"{summary.failed} of {summary.images} images failed ({kinds}), over failures.budget {budget:.2%}; all are "
+                f"committed as failed rows with their reasons. Look at them, or raise the budget."
+            )
+
+
+def _shard_bytes(task: ShardTask) -> int:
+    """What a task has to read at most; objects whose size a list does not say count as nothing."""
+    if task.shard.info is not None:
+        return max(0, task.shard.info.size)
+    return sum(max(0, info.size) for _, info in task.shard.objects)
+
+
+@contextmanager
+def _stop_on_signals() -> Iterator[None]:
+    """SIGTERM ends a run as Ctrl-C does: after a last commit."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread may set handlers
+        return
+
+    def stop(signum: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    previous = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)

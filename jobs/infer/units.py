@@ -1,0 +1,115 @@
+"""What travels between the stages of the label job: one Arrow row a work unit.
+
+    read -> {unit_id, report, images} -> label -> {unit_id, report, rows} -> write -> {unit_id, report, fragment}
+
+Ray Data may split or merge blocks but never a row, so a unit arrives whole or not at all.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+
+import pyarrow as pa
+
+from jobs.lake.sources import SourceImage
+from schemas.errors import MasklakeError
+from schemas.labels import ErrorKind
+
+_IMAGE_TYPE = pa.struct(
+    [
+        ("image_id", pa.string()),
+        ("data", pa.large_binary()),  # encoded bytes; null where reading failed
+        ("error_kind", pa.string()),
+        ("error", pa.string()),
+    ]
+)
+READ_SCHEMA = pa.schema([("unit_id", pa.string()), ("report", pa.string()), ("images", pa.list_(_IMAGE_TYPE))])
+LABELLED_SCHEMA = pa.schema([("unit_id", pa.string()), ("report", pa.string()), ("rows", pa.large_binary())])
+WRITTEN_SCHEMA = pa.schema([("unit_id", pa.string()), ("report", pa.string()), ("fragment", pa.string())])
+
+
+@dataclass
+class UnitReport:
+    """What the stages say of a unit; each adds its own figures. Times are wall-clock seconds.
+
+    A shard ends with a unit of no images, which says how many images the shard has in all, or why the rest of it
+    could not be read.
+    """
+
+    shard: str
+    num_images: int = 0
+    encoded_bytes: int = 0
+    num_detections: int = 0
+    failed: dict[str, int] = field(default_factory=dict)  # by error kind
+    read_s: float = 0.0
+    decode_s: float = 0.0  # summed over the decoding threads
+    label_s: float = 0.0
+    write_s: float = 0.0
+    shard_num_units: int | None = None
+    shard_num_images: int | None = None  # with those that were skipped
+    shard_version: str | None = None
+    shard_error: str | None = None
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> UnitReport:
+        return cls(**json.loads(text))
+
+    @property
+    def num_failed(self) -> int:
+        return sum(self.failed.values())
+
+    def count_failures(self, kinds: Sequence[str | None]) -> None:
+        """Take the error_kind column of the unit's label rows."""
+        self.failed = dict(Counter(str(kind) for kind in kinds if kind is not None))
+
+
+def read_row(unit_id: str, report: UnitReport, images: Sequence[SourceImage]) -> pa.Table:
+    """A table of one row from images just read."""
+    structs = [
+        {"image_id": i.image_id, "data": i.data, "error_kind": i.error_kind, "error": i.error} for i in images
+    ]
+    return pa.table(
+        {
+            "unit_id": pa.array([unit_id], pa.string()),
+            "report": pa.array([report.to_json()], pa.string()),
+            "images": pa.array([structs], READ_SCHEMA.field("images").type),
+        },
+        schema=READ_SCHEMA,
+    )
+
+
+def images_of(row: pa.Table) -> Iterator[SourceImage]:
+    """The images of a table of one row, in order."""
+    shard = UnitReport.from_json(row["report"][0].as_py()).shard
+    for image in row["images"].combine_chunks().values:
+        kind = image["error_kind"].as_py()
+        yield SourceImage(
+            image_id=image["image_id"].as_py(),
+            shard=shard,
+            data=image["data"].as_py(),
+            error_kind=None if kind is None else ErrorKind(kind),
+            error=image["error"].as_py(),
+        )
+
+
+def table_to_bytes(table: pa.Table) -> bytes:
+    """Arrow IPC stream."""
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    return sink.getvalue().to_pybytes()
+
+
+def table_from_bytes(data: pa.Buffer | bytes) -> pa.Table:
+    with pa.ipc.open_stream(data) as reader:
+        return reader.read_all()
+
+
+class ShardReadError(MasklakeError):
+    """Some shards could not be read to their end; the rest is committed and a rerun takes up what is left."""

@@ -1,0 +1,36 @@
+"""The write stage: a unit's rows in, one uncommitted fragment out."""
+
+from __future__ import annotations
+
+import json
+import time
+
+import pyarrow as pa
+
+from jobs.infer.units import WRITTEN_SCHEMA, UnitReport, table_from_bytes
+from jobs.lake.fragments import write_fragment
+from jobs.lake.storage import Storage
+
+
+class FragmentWriter:
+    """LABELLED_SCHEMA rows -> WRITTEN_SCHEMA rows; a unit without images has a null fragment."""
+
+    def __init__(self, lake_uri: str, model_id: str, storage: Storage) -> None:
+        self._lake_uri = lake_uri
+        self._model_id = model_id
+        self._storage = storage
+
+    def __call__(self, row: pa.Table) -> pa.Table:
+        """Write the fragment of a table of one row."""
+        unit_id = row["unit_id"][0].as_py()
+        report = UnitReport.from_json(row["report"][0].as_py())
+        started = time.perf_counter()
+        fragment = None
+        if report.num_images:
+            rows = table_from_bytes(row["rows"][0].as_buffer())
+            written = write_fragment(rows, [unit_id], self._lake_uri, self._model_id, self._storage)
+            fragment = json.dumps(written.to_row())
+        report.write_s = time.perf_counter() - started
+        return pa.table(
+            {"unit_id": [unit_id], "report": [report.to_json()], "fragment": [fragment]}, schema=WRITTEN_SCHEMA
+        )

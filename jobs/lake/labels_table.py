@@ -1,0 +1,315 @@
+"""The label table: a Delta log over fragments, partitioned by model_id.
+
+Enters: a lake's URI. Leaves: its labels as an Arrow dataset or a DuckDB relation, and what is done of a
+source. Rows come in through commit.py only. Files are read by pyarrow, not by deltalake, whose
+to_pyarrow_table() aborted processes at exit.
+"""
+
+import io
+import re
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any
+from urllib.parse import quote, unquote
+
+import duckdb
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.dataset as pads
+import pyarrow.fs as pafs
+from deltalake import CommitProperties, DeltaTable, Schema
+from deltalake.exceptions import TableNotFoundError
+
+from jobs.lake.done_images import KEY_COLUMNS, DoneImages, LabelFile, Range
+from jobs.lake.fragments import PARTITION_COLUMN, labels_uri
+from jobs.lake.storage import ObjectInfo, Storage
+from schemas.errors import SchemaMismatchError, StorageError, UsageError
+from schemas.labels import LABEL_SCHEMA, LABEL_SCHEMA_VERSION, ErrorKind, Status, check_labels
+
+_VERSION_PROPERTY = "masklake.label_schema_version"
+_PROPERTIES = {
+    "delta.appendOnly": "true",
+    # By default versions older than 30 days go at the next checkpoint; a training run may name one of them.
+    "delta.enableExpiredLogCleanup": "false",
+    _VERSION_PROPERTY: str(LABEL_SCHEMA_VERSION),
+}
+_RANGE_COLUMNS = ("image_id", "source", "shard", "status", "error_kind")
+# A file's keys are some KiB beside megabytes of masks, which Storage's own buffer would fetch with them.
+_READ_BUFFER_BYTES = 64 << 10
+# None of them may be null, so a file's bounds hold for every row of it.
+_GUARANTEED_COLUMNS = ("image_id", "source", "shard", "status")
+
+
+class LabelsTable:
+    """One version of the label table; refresh() goes on to the newest."""
+
+    def __init__(self, uri: str, storage: Storage, version: int | None = None) -> None:
+        """Open the table at its own URI; see open(), which takes the lake's."""
+        self.uri = uri
+        self._storage = storage
+        self._delta = self._load(version)
+
+    @classmethod
+    def open(cls, lake_uri: str, storage: Storage, version: int | None = None) -> "LabelsTable":
+        """Open the label table of a lake.
+
+        Raises:
+            UsageError: there is none, or no such version.
+            SchemaMismatchError: there is one, but not of this label schema.
+        """
+        return cls(labels_uri(storage.normalize(lake_uri)), storage, version)
+
+    @classmethod
+    def exists(cls, lake_uri: str, storage: Storage) -> bool:
+        """Whether a lake has a label table, of whatever version."""
+        uri = labels_uri(storage.normalize(lake_uri))
+        return DeltaTable.is_deltatable(_delta_uri(uri), storage.delta_options(uri))
+
+    @classmethod
+    def open_or_create(cls, lake_uri: str, storage: Storage) -> "LabelsTable":
+        """Open the label table of a lake, made empty if there is none. Several may try at once."""
+        uri = labels_uri(storage.normalize(lake_uri))
+        try:
+            DeltaTable.create(
+                _delta_uri(uri),
+                Schema.from_arrow(LABEL_SCHEMA),
+                mode="ignore",
+                partition_by=[PARTITION_COLUMN],
+                description="masklake labels: one row per image and model",
+                configuration=_PROPERTIES,
+                storage_options=storage.delta_options(uri),
+                # Tried again, the loser of a race would declare the winner's table anew, as version 1.
+                commit_properties=CommitProperties(max_commit_retries=0),
+                raise_if_key_not_exists=False,
+            )
+        except UsageError:
+            raise
+        except Exception as error:  # as above; and whoever loses a race to create it finds the winner's table
+            try:
+                return cls(uri, storage)
+            except UsageError:
+                message = f"cannot create the label table at {uri}: {first_line(error)}"
+                raise StorageError(message) from error
+        return cls(uri, storage)
+
+    @property
+    def delta(self) -> DeltaTable:
+        """The log, for commits. Its own readers are not to be used, see above."""
+        return self._delta
+
+    @property
+    def version(self) -> int:
+        return self._delta.version()
+
+    def refresh(self) -> None:
+        """Go on to the newest version, reading only what was added to the log."""
+        self._delta.update_incremental()
+
+    def reopen(self) -> None:
+        """Go on to the newest version, trusting nothing that is in memory."""
+        self._delta = self._load(None)
+
+    def files(self, model_id: str | None = None) -> list[LabelFile]:
+        """Every file of this version, or of one model in it."""
+        actions = pa.table(self._delta.get_add_actions(flatten=True))
+        if model_id is not None:
+            actions = actions.filter(pc.equal(actions[f"partition.{PARTITION_COLUMN}"], pa.scalar(model_id)))
+        return list(_label_files(actions))
+
+    def file_uris(self, model_id: str | None = None) -> list[str]:
+        """Absolute URIs of the Parquet files, plain paths on a disk, for readers that know no Delta.
+
+        The column model_id stands in the path only, the way Hive writes it.
+        """
+        root = self.uri.removeprefix("file://")
+        return [f"{root}/{file.path}" for file in self.files(model_id)]
+
+    def model_ids(self) -> list[str]:
+        """The models that labelled something, in alphabetical order."""
+        return sorted({file.model_id for file in self.files()})
+
+    def choose_model(self, model_id: str | None) -> str:
+        """The model that was asked for, or the only one there is.
+
+        Raises:
+            UsageError: it labelled nothing here, or none was named and there are several.
+        """
+        known = self.model_ids()
+        if model_id is None and len(known) == 1:
+            return known[0]
+        if model_id is not None and model_id in known:
+            return model_id
+        problem = "name one of them" if model_id is None else f"{model_id} is not one of them"
+        raise UsageError(
+            f"the table at {self.uri} has labels of these models: {', '.join(known) or 'none'}; {problem}"
+        )
+
+    def dataset(self, model_id: str | None = None, version: int | None = None) -> pads.Dataset:
+        """All rows, or those of one model, as LABEL_SCHEMA: every row ever written, not only the newest.
+
+        Filters on image_id, source, shard, status and model_id open only the files that may match.
+        """
+        if version is not None and version != self.version:
+            return LabelsTable(self.uri, self._storage, version).dataset(model_id)
+        files = self.files(model_id)
+        filesystem, root = self._arrow_filesystem(files)
+        parquet = pads.ParquetFileFormat()
+        fragments = [
+            parquet.make_fragment(
+                f"{root}/{file.path}",
+                filesystem,
+                partition_expression=_guarantee(file),
+                file_size=file.size_bytes,
+            )
+            for file in files
+        ]
+        return pads.FileSystemDataset(fragments, LABEL_SCHEMA, parquet, filesystem)
+
+    def to_current(self, model_id: str) -> duckdb.DuckDBPyRelation:
+        """The newest row of each image under one model, `removed` left out; columns of LABEL_SCHEMA.
+
+        Lazy: fetch what is wanted with .select(), .filter(), .to_arrow_table(), .fetchall().
+        """
+        connection = duckdb.connect()
+        connection.register("labels", self.dataset(model_id))
+        return connection.sql(
+            f"""
+            SELECT * FROM (
+                SELECT * FROM labels
+                QUALIFY row_number() OVER (PARTITION BY source, image_id ORDER BY labeled_at DESC) = 1
+            ) WHERE status <> '{Status.REMOVED}'
+            """
+        )
+
+    def done_images(self, source: str, model_id: str, retry: Collection[ErrorKind] = ()) -> DoneImages:
+        """What of a source is done under a model, as of this version."""
+        files = self.files(model_id)
+        read_keys = partial(_read_keys, *self._arrow_filesystem(files))
+        return DoneImages(files, source, retry, read_keys)
+
+    def _arrow_filesystem(self, files: Sequence[LabelFile]) -> tuple[pafs.FileSystem, str]:
+        _, root = self._storage.filesystem(self.uri)
+        if self.uri.startswith("file://"):
+            return pafs.LocalFileSystem(), root
+        sizes = {f"{root}/{file.path}": file.size_bytes for file in files}
+        handler = _ObjectHandler(self._storage, self.uri, sizes)  # type: ignore[abstract]  # so say the stubs only
+        return pafs.PyFileSystem(handler), root
+
+    def _load(self, version: int | None) -> DeltaTable:
+        """Refuses a table that is not ours, before a row is read from it or added to it."""
+        options = self._storage.delta_options(self.uri)
+        try:
+            delta = DeltaTable(_delta_uri(self.uri), storage_options=options)
+            newest = delta.version()
+            if version is not None and version <= newest:
+                delta.load_as_version(version)
+        except TableNotFoundError as error:
+            raise UsageError(f"there is no label table at {self.uri}; check the lake's URI") from error
+        except Exception as error:  # deltalake raises OSError, DeltaError or bare Exception as it comes
+            raise StorageError(f"cannot open the label table at {self.uri}: {first_line(error)}") from error
+        if version is not None and version > newest:
+            raise UsageError(
+                f"the label table at {self.uri} has no version {version}; its newest is {newest}"
+            )
+        metadata = delta.metadata()
+        written = metadata.configuration.get(_VERSION_PROPERTY)
+        if written not in (None, str(LABEL_SCHEMA_VERSION)):
+            raise SchemaMismatchError(
+                f"the table at {self.uri} has label schema version {written}; this masklake reads "
+                f"{LABEL_SCHEMA_VERSION}. Use the masklake that wrote it, or another lake."
+            )
+        if metadata.partition_columns != [PARTITION_COLUMN]:
+            raise SchemaMismatchError(
+                f"the table at {self.uri} is partitioned by {metadata.partition_columns}, not by "
+                f"[{PARTITION_COLUMN!r}]: it is not a label table. Give another lake."
+            )
+        check_labels(_arrow_schema(delta), f"the table at {self.uri}")
+        return delta
+
+
+class _ObjectHandler(pafs.FSSpecHandler):
+    """Opens objects through Storage, which repeats failed reads, and reads little more than Parquet asks for.
+
+    Args:
+        sizes: path -> bytes, as the log has them; saves a request for each file.
+    """
+
+    def __init__(self, storage: Storage, uri: str, sizes: Mapping[str, int]) -> None:
+        filesystem, self._root = storage.filesystem(uri)
+        super().__init__(filesystem)
+        self._storage = storage
+        self._uri = uri
+        self._sizes = sizes
+
+    def open_input_file(self, path: str) -> pa.NativeFile:
+        info = ObjectInfo(self._uri + path.removeprefix(self._root), self._sizes[path], None, "")
+        stream = self._storage.open_unverified(info)
+        assert isinstance(stream, io.BufferedReader)
+        return pa.PythonFile(io.BufferedReader(stream.detach(), _READ_BUFFER_BYTES), mode="r")
+
+
+def first_line(error: Exception) -> str:
+    """What a library's exception says, on one line, without the server's reply, which may quote a key."""
+    return (
+        " ".join(re.sub(r"\x1b\[[0-9;]*m", "", str(error)).split("<", 1)[0].split()) or type(error).__name__
+    )
+
+
+def _delta_uri(uri: str) -> str:
+    """The URI as deltalake wants it; UsageError where deltalake would read another place than it writes."""
+    scheme, _, path = uri.partition("://")
+    if re.search(r"%[0-9a-fA-F]{2}|[#?\\]", path):
+        raise UsageError(f"a lake cannot stand at {uri}: choose a path without #, ?, \\ and percent-escapes")
+    return path if scheme == "file" else f"{scheme}://{quote(path)}"
+
+
+def _arrow_schema(delta: DeltaTable) -> pa.Schema:
+    """Delta has no fixed-size binary: content_hash is `binary` in the log and binary(16) in the files."""
+    schema = pa.schema(delta.schema().to_arrow())  # type: ignore[arg-type]  # takes any Arrow C schema
+    place = schema.get_field_index("content_hash")
+    if place < 0 or schema.field(place).type != pa.binary():
+        return schema
+    return schema.set(place, schema.field(place).with_type(LABEL_SCHEMA.field("content_hash").type))
+
+
+def _label_files(actions: pa.Table) -> Iterator[LabelFile]:
+    def column(name: str) -> list[Any]:
+        # Statistics that no file has do not make a column.
+        return actions[name].to_pylist() if name in actions.column_names else [None] * actions.num_rows
+
+    ranges = [
+        [Range(low, high) for low, high in zip(column(f"min.{name}"), column(f"max.{name}"), strict=True)]
+        for name in _RANGE_COLUMNS
+    ]
+    for path, model_id, size_bytes, num_rows, num_no_error, *bounds in zip(
+        column("path"),
+        column(f"partition.{PARTITION_COLUMN}"),
+        column("size_bytes"),
+        column("num_records"),
+        column("null_count.error_kind"),
+        *ranges,
+        strict=True,
+    ):
+        known = num_rows is not None and num_no_error is not None
+        # The log percent-encodes paths, on top of what the partition's folder is called.
+        yield LabelFile(
+            unquote(path), model_id, size_bytes, num_rows, num_rows - num_no_error if known else None, *bounds
+        )
+
+
+def _guarantee(file: LabelFile) -> pads.Expression:
+    """What holds for every row of a file: the partition column gets its value here, scans pass files over."""
+    expression = pads.field(PARTITION_COLUMN) == pads.scalar(file.model_id)
+    ranges = (file.image_ids, file.sources, file.shards, file.statuses)
+    for name, bounds in zip(_GUARANTEED_COLUMNS, ranges, strict=True):
+        if bounds.low is not None:
+            expression &= pads.field(name) >= pads.scalar(bounds.low)
+        if bounds.high is not None:
+            expression &= pads.field(name) <= pads.scalar(bounds.high)
+    return expression
+
+
+def _read_keys(filesystem: pafs.FileSystem, root: str, file: LabelFile) -> pa.Table:
+    parquet = pads.ParquetFileFormat()
+    fragment = parquet.make_fragment(f"{root}/{file.path}", filesystem, file_size=file.size_bytes)
+    return fragment.to_table(columns=list(KEY_COLUMNS), schema=LABEL_SCHEMA)

@@ -1,0 +1,241 @@
+"""S3 and servers that speak it, through s3fs.
+
+Credentials come from the environment, the profile or the role, as botocore finds them. Our own retries are
+the only ones: the client's are off, so that a failure takes a known time and a repeated put is known to be
+one.
+"""
+
+import base64
+import hashlib
+import re
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+from aiohttp import ClientError as AiohttpError
+from botocore.exceptions import (
+    ConnectionError as BotoConnectionError,
+)
+from botocore.exceptions import (
+    CredentialRetrievalError,
+    HTTPClientError,
+    NoCredentialsError,
+    ParamValidationError,
+    PartialCredentialsError,
+    ProfileNotFound,
+    ResponseStreamingError,
+    SSOError,
+)
+from botocore.parsers import ResponseParserError
+from s3fs import S3FileSystem
+
+from jobs.lake.store import (
+    PAGE_KEYS,
+    AccessDeniedError,
+    Attempt,
+    MissingObjectError,
+    ObjectInfo,
+    TransientStorageError,
+)
+from schemas.errors import StorageError
+
+_WRITER_KEY = "masklake-writer"
+# S3's error codes: https://docs.aws.amazon.com/AmazonS3/latest/API/ErrorResponses.html; a HEAD gives its
+# status only.
+_MISSING_CODES = frozenset({"NoSuchKey", "NotFound", "404"})
+_EXISTS_CODES = frozenset({"PreconditionFailed", "412"})
+_CREDENTIAL_CODES = frozenset(
+    {
+        "ExpiredToken",
+        "InvalidAccessKeyId",
+        "InvalidToken",
+        "RequestTimeTooSkewed",
+        "SignatureDoesNotMatch",
+        "TokenRefreshRequired",
+    }
+)
+_DENIED_CODES = frozenset({"AccessDenied", "AllAccessDisabled", "Forbidden", "401", "403"})
+_TRANSIENT_CODES = frozenset(
+    {
+        "ConditionalRequestConflict",
+        "InternalError",
+        "OperationAborted",
+        "RequestLimitExceeded",
+        "RequestTimeout",
+        "ServiceUnavailable",
+        "SlowDown",
+        "Throttling",
+        "ThrottlingException",
+        "TooManyRequests",
+    }
+)
+_TRANSIENT_ERRORS = (
+    AiohttpError,
+    BotoConnectionError,
+    ConnectionError,
+    HTTPClientError,
+    ResponseParserError,
+    ResponseStreamingError,
+    TimeoutError,
+)
+_CREDENTIAL_ERRORS = (
+    CredentialRetrievalError,
+    NoCredentialsError,
+    PartialCredentialsError,
+    ProfileNotFound,
+    SSOError,
+)
+
+
+class S3Store:
+    """Buckets of one endpoint.
+
+    Args:
+        endpoint_url: None for AWS.
+        region: None for what the environment says.
+        anonymous: send unsigned requests.
+    """
+
+    def __init__(self, endpoint_url: str | None, region: str | None, anonymous: bool) -> None:
+        self._endpoint_url = endpoint_url
+        config: dict[str, Any] = {"retries": {"total_max_attempts": 1}, "max_pool_connections": 32}
+        if endpoint_url:
+            # Servers other than AWS may refuse the checksum trailers that botocore sends by default.
+            config |= {
+                "request_checksum_calculation": "when_required",
+                "response_checksum_validation": "when_required",
+            }
+        self.filesystem = S3FileSystem(
+            anon=anonymous,
+            endpoint_url=endpoint_url,
+            client_kwargs={"region_name": region} if region else {},
+            config_kwargs=config,
+            max_concurrency=1,  # more would cost a HEAD before each read
+            use_listings_cache=False,
+            skip_instance_cache=True,  # its key leaves out the environment, where the credentials are
+        )
+        self.filesystem.retries = 1
+
+    def stat(self, path: str) -> ObjectInfo:
+        bucket, key = _split(path)
+        if not key:
+            raise FileNotFoundError(path)  # a bucket is no object
+        head = self._call("head_object", Bucket=bucket, Key=key)
+        return _info(bucket, key, head["ContentLength"], head["ETag"])
+
+    def pages(self, path: str, attempt: Attempt) -> Iterator[list[ObjectInfo]]:
+        bucket, key = _split(path)
+        request: dict[str, Any] = {"Bucket": bucket, "MaxKeys": PAGE_KEYS, "Prefix": f"{key}/" if key else ""}
+        while True:
+            page = attempt(partial(self._call, "list_objects_v2", **request))
+            yield [
+                _info(bucket, item["Key"], item["Size"], item["ETag"]) for item in page.get("Contents", ())
+            ]
+            if not page["IsTruncated"]:
+                return
+            request["ContinuationToken"] = page["NextContinuationToken"]
+
+    def read(self, path: str, start: int, end: int) -> bytes:
+        data: bytes = self.filesystem.cat_file(path, start=start, end=end)
+        return data
+
+    def write(self, path: str, data: bytes) -> None:
+        self._put(path, data)
+
+    def create(self, path: str, data: bytes, writer: str) -> bool:
+        bucket, key = _split(path)
+        try:
+            self._put(path, data, IfNoneMatch="*", Metadata={_WRITER_KEY: writer})
+        except OSError as error:
+            if _error_code(error) not in _EXISTS_CODES:
+                raise
+            head = self._call("head_object", Bucket=bucket, Key=key)
+            return bool(head["Metadata"].get(_WRITER_KEY) == writer)
+        return True
+
+    def delete(self, path: str) -> None:
+        bucket, key = _split(path)
+        self._call("delete_object", Bucket=bucket, Key=key)
+
+    def etag_is_md5(self, path: str) -> bool:
+        """Not so under SSE-KMS and SSE-C.
+
+        Source: https://docs.aws.amazon.com/AmazonS3/latest/API/API_Object.html, ETag.
+        """
+        bucket, key = _split(path)
+        head = self._call("head_object", Bucket=bucket, Key=key)
+        return head.get("ServerSideEncryption", "AES256") == "AES256" and "SSECustomerAlgorithm" not in head
+
+    def check_reachable(self, path: str) -> None:
+        bucket, key = _split(path)
+        self._call("list_objects_v2", Bucket=bucket, Prefix=key, MaxKeys=1)
+
+    def classify(self, error: Exception, uri: str) -> StorageError:
+        code = _error_code(error)
+        where = self._endpoint_url or "AWS"
+        if code == "NoSuchBucket":
+            bucket, _ = _split(uri.removeprefix("s3://"))
+            return MissingObjectError(
+                f"{uri}: there is no bucket '{bucket}' at {where}; create it or mend the URI"
+            )
+        if code in _MISSING_CODES or isinstance(error, FileNotFoundError):
+            return MissingObjectError(f"{uri} does not exist at {where}")
+        if isinstance(error, _CREDENTIAL_ERRORS):
+            return AccessDeniedError(
+                f"{uri}: no usable credentials for {where} ({type(error).__name__}); set AWS_ACCESS_KEY_ID "
+                f"and AWS_SECRET_ACCESS_KEY, a profile or a role, or storage.anonymous for a public bucket"
+            )
+        if code in _CREDENTIAL_CODES:
+            return AccessDeniedError(
+                f"{uri}: {where} refuses the credentials ({code}); check AWS_ACCESS_KEY_ID, "
+                f"AWS_SECRET_ACCESS_KEY, the profile or the role, and this machine's clock"
+            )
+        if code in _DENIED_CODES or isinstance(error, PermissionError):
+            return AccessDeniedError(
+                f"{uri}: {where} denies access ({code or 'denied'}); check the credentials and the policy "
+                f"of the bucket"
+            )
+        if code in _TRANSIENT_CODES or re.fullmatch(r"50[0234]|429|409|408", code):
+            return TransientStorageError(f"{uri}: {where} is busy or failing ({code}); run again later")
+        if isinstance(error, _TRANSIENT_ERRORS):
+            return TransientStorageError(
+                f"{uri}: no answer from {where} ({type(error).__name__}); check storage.endpoint_url, "
+                f"AWS_ENDPOINT_URL and the network"
+            )
+        if isinstance(error, ParamValidationError):
+            return StorageError(f"{uri}: S3 allows no such name for a bucket or key; mend the URI")
+        # Not the client's own text, which may quote what it was configured with.
+        return StorageError(f"{uri}: {where} refuses the request ({code or type(error).__name__})")
+
+    def _put(self, path: str, data: bytes, **condition: Any) -> None:
+        bucket, key = _split(path)
+        if self._endpoint_url:
+            digest = hashlib.md5(data, usedforsecurity=False).digest()
+            condition["ContentMD5"] = base64.b64encode(digest).decode()  # the checksums of AWS are off here
+        self._call("put_object", Bucket=bucket, Key=key, Body=data, **condition)
+
+    def _call(self, method: str, **request: Any) -> Any:
+        return self.filesystem.call_s3(method, **request)
+
+
+def _split(path: str) -> tuple[str, str]:
+    bucket, _, key = path.partition("/")
+    return bucket, key
+
+
+def _info(bucket: str, key: str, size: int, quoted_etag: str) -> ObjectInfo:
+    etag = quoted_etag.strip('"')
+    # A multipart upload's ETag ends in "-<parts>"; a directory bucket's ("--x-s3") is random.
+    is_md5 = re.fullmatch(r"[0-9a-f]{32}", etag) and not bucket.endswith("--x-s3")
+    return ObjectInfo(f"s3://{bucket}/{key}", size, etag if is_md5 else None, etag)
+
+
+def _error_code(error: BaseException) -> str:
+    """S3's code, or the HTTP status, of the reply behind an error; "" where there was no reply."""
+    cause: BaseException | None = error
+    while cause is not None:
+        response = getattr(cause, "response", None)
+        if isinstance(response, dict):
+            return str(response.get("Error", {}).get("Code", ""))
+        cause = cause.__cause__
+    return ""

@@ -1,0 +1,282 @@
+"""Files and objects by URI, wherever they are: file (or a plain path), s3, gs, memory.
+
+Enters: a StorageSpec, and credentials from the environment or a role. Leaves: bytes that were compared with
+the size and, where there is one, the MD5 that the store gave for them; listings page by page; objects made by
+at most one of many writers. What fails in a way that may pass is tried TRIES times; then, or at once
+otherwise, a StorageError says what, where and what to do. No message holds a credential.
+"""
+
+import errno
+import fnmatch
+import hashlib
+import io
+import random
+import re
+import tempfile
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, BinaryIO, TypeVar
+
+from jobs.lake.range_stream import CHUNK_BYTES, RangeStream
+from jobs.lake.store import (
+    AccessDeniedError,
+    CorruptObjectError,
+    MissingObjectError,
+    ObjectInfo,
+    Store,
+    TransientStorageError,
+)
+from jobs.lake.stores import Stores, normalize
+from schemas.errors import StorageError, UsageError
+from schemas.specs import StorageSpec
+
+__all__ = [
+    "AccessDeniedError",
+    "CorruptObjectError",
+    "MissingObjectError",
+    "ObjectInfo",
+    "Storage",
+    "TransientStorageError",
+]
+
+T = TypeVar("T")
+
+# 0.2 + 0.6 + 1.8 s of waiting: a throttled or restarting server gets seconds, a dead one does not get
+# minutes.
+TRIES = 4
+FIRST_DELAY_S = 0.2
+_PROBE_WRITERS = 8
+
+
+class Storage:
+    """Picklable: each process makes its own clients, with its own environment's credentials. Thread-safe."""
+
+    def __init__(self, spec: StorageSpec) -> None:
+        self._stores = Stores(spec)
+
+    def normalize(self, uri: str) -> str:
+        """The one spelling of a URI: with its scheme, absolute, without a trailing slash."""
+        return normalize(uri)
+
+    def filesystem(self, uri: str) -> tuple[Any, str]:
+        """The fsspec filesystem for a URI and its path there. Its errors and retries are the client's own."""
+        store, path = self._stores.locate(uri)
+        return store.filesystem, path
+
+    def delta_options(self, uri: str) -> dict[str, str]:
+        """The `storage_options` that bring deltalake to the same place; credentials it finds by itself."""
+        return self._stores.delta_options(uri)
+
+    def stat(self, uri: str) -> ObjectInfo:
+        """Raises MissingObjectError for what is not an object: nothing there, or a folder."""
+        store, path = self._stores.locate(uri)
+        info: ObjectInfo = self._attempt(store, uri, partial(store.stat, path))
+        return info
+
+    def list(self, uri: str, include: str = "*") -> Iterator[ObjectInfo]:
+        """Objects below a folder or prefix, at any depth, in order of their keys, streamed.
+
+        Left out are hidden ones: any part of the key below `uri` starts with "_" or ".".
+
+        Args:
+            uri: the folder or prefix; a bucket has no folders, so an absent one is empty there.
+            include: glob on the key below `uri`; "*" also crosses "/".
+        """
+        uri = normalize(uri)
+        store, path = self._stores.locate(uri)
+        wanted = re.compile(fnmatch.translate(include))
+        hidden = re.compile(r"(?:^|/)[_.]")
+        for page in store.pages(path, partial(self._attempt, store, uri)):
+            for info in page:
+                key = info.uri[len(uri) + 1 :]
+                if not key.endswith("/") and not hidden.search(key) and wanted.match(key):
+                    yield info
+
+    def read_bytes(self, info: ObjectInfo) -> bytes:
+        """The whole object, compared with its size and MD5 as `info` has them.
+
+        Raises:
+            CorruptObjectError: they still differ when read again: damaged, cut short, or replaced meanwhile.
+        """
+        store, path = self._stores.locate(info.uri)
+        if info.size == 0:
+            return b""
+
+        def read() -> bytes:
+            data = store.read(path, 0, info.size + 1)  # one byte more shows an object that grew
+            _compare(store, path, info, len(data), hashlib.md5(data, usedforsecurity=False).hexdigest())
+            return data
+
+        return self._attempt(store, info.uri, read)
+
+    @contextmanager
+    def open_verified(self, info: ObjectInfo) -> Iterator[BinaryIO]:
+        """A seekable stream of an object whose bytes are right, or an error instead of wrong ones.
+
+        With an MD5 to compare, the object is first copied to an unnamed temporary file (TMPDIR) and compared
+        there; memory stays at one chunk. Without one (large multipart uploads, local files) it is read in
+        place, as it is asked for, and must be the same version after the last read as it was in `info`.
+
+        Raises:
+            CorruptObjectError: on entry, where the MD5 differs; on leaving, where the object was replaced.
+        """
+        store, path = self._stores.locate(info.uri)
+        if info.etag is None:
+            with self.open_unverified(info) as stream:
+                yield stream
+            if (now := self.stat(info.uri)).version != info.version:
+                raise CorruptObjectError(
+                    f"{info.uri} was replaced while being read (version {info.version}, then {now.version}); "
+                    f"run again"
+                )
+            return
+        with tempfile.TemporaryFile(prefix="masklake-") as file:
+            self._attempt(store, info.uri, partial(self._spool, store, path, info, file))
+            file.seek(0)
+            yield file
+
+    def open_unverified(self, info: ObjectInfo) -> BinaryIO:
+        """Random access to a part of an object, a Parquet footer say, without reading the whole of it."""
+        store, path = self._stores.locate(info.uri)
+        if info.uri.startswith("file://"):
+            return self._attempt(store, info.uri, lambda: open(path, "rb", buffering=1 << 20))
+        return io.BufferedReader(
+            RangeStream(partial(self._read_range, store, path, info), info.size), CHUNK_BYTES
+        )
+
+    def write_bytes(self, uri: str, data: bytes) -> None:
+        """Make or replace an object, whole or not at all; folders above it are made."""
+        store, path = self._stores.locate(uri)
+        self._attempt(store, uri, partial(store.write, path, data))
+
+    def create_exclusive(self, uri: str, data: bytes) -> bool:
+        """Make an object that must not exist yet: of many callers at once, exactly one gets True.
+
+        True stands even where the reply to the successful put got lost and the put was tried again.
+
+        Raises:
+            TransientStorageError: no answer after all tries; the object may have been made.
+        """
+        store, path = self._stores.locate(uri)
+        made: bool = self._attempt(store, uri, partial(store.create, path, data, uuid.uuid4().hex))
+        return made
+
+    def exists(self, uri: str) -> bool:
+        try:
+            self.stat(uri)
+        except MissingObjectError:
+            return False
+        return True
+
+    def delete(self, uri: str) -> None:
+        """Delete an object; nothing happens where there is none."""
+        store, path = self._stores.locate(uri)
+        self._attempt(store, uri, partial(store.delete, path))
+
+    def check_reachable(self, uri: str, what: str) -> None:
+        """Before any work: does the bucket exist, and does it let us in? An absent folder or prefix passes.
+
+        Args:
+            what: whose URI it is, for the message: "source", "lake".
+
+        Raises:
+            UsageError: missing bucket, wrong or no credentials, nobody at the endpoint; and the remedy.
+        """
+        store, path = self._stores.locate(uri)
+        try:
+            self._attempt(store, uri, partial(store.check_reachable, path), tries=2)
+        except StorageError as error:
+            raise UsageError(f"{what} {error}") from error
+
+    def probe_conditional_put(self, lake_uri: str) -> None:
+        """Let several writers race for one new object, and one more come late. Before the first commit.
+
+        Commits and leases stand on a put that fails where the object exists. Not every S3 server has it: some
+        ignore the condition, and the last writer wins without a word.
+
+        Raises:
+            UsageError: other than exactly one writer won, or the store refuses the condition.
+        """
+        uri = f"{normalize(lake_uri)}/_probe-{uuid.uuid4().hex}"
+        start = threading.Barrier(_PROBE_WRITERS)
+
+        def race(writer: int) -> bool:
+            start.wait()
+            return self.create_exclusive(uri, f"writer {writer}".encode())
+
+        try:
+            with ThreadPoolExecutor(_PROBE_WRITERS) as pool:
+                num_winners = sum(pool.map(race, range(_PROBE_WRITERS)))
+            num_late_winners = int(self.create_exclusive(uri, b"late"))
+            self.delete(uri)
+        except TransientStorageError:
+            raise
+        except StorageError as error:
+            raise UsageError(f"lake {error}") from error
+        if num_winners != 1 or num_late_winners:
+            raise UsageError(
+                f"lake {lake_uri}: the store does not honour conditional puts ({num_winners} of "
+                f"{_PROBE_WRITERS} racing writers and {num_late_winners} of 1 late one made the same object; "
+                f"wanted 1 and 0), so commits could overwrite each other; use a store that does, such as "
+                f"AWS S3, Google Cloud Storage, Ceph RGW or a local disk. Nothing was committed."
+            )
+
+    def _read_range(self, store: Store, path: str, info: ObjectInfo, start: int, end: int) -> bytes:
+        def read() -> bytes:
+            data = store.read(path, start, end)
+            if len(data) != end - start:
+                raise CorruptObjectError(
+                    f"{info.uri}: got {len(data)} of the {end - start} bytes from byte {start}; "
+                    f"it was cut short or replaced meanwhile"
+                )
+            return data
+
+        return self._attempt(store, info.uri, read)
+
+    def _spool(self, store: Store, path: str, info: ObjectInfo, file: BinaryIO) -> None:
+        file.seek(0)
+        digest = hashlib.md5(usedforsecurity=False)
+        for start in range(0, info.size, CHUNK_BYTES):
+            chunk = self._read_range(store, path, info, start, min(start + CHUNK_BYTES, info.size))
+            digest.update(chunk)
+            file.write(chunk)
+        _compare(store, path, info, info.size, digest.hexdigest())
+
+    def _attempt(self, store: Store, uri: str, action: Callable[[], T], tries: int = TRIES) -> T:
+        """The action's result; tried again after what may pass, with growing, randomized pauses."""
+        for attempt in range(1, tries + 1):
+            try:
+                return action()
+            except Exception as error:  # whatever this store's client raises; sorted here
+                failure = _classify(store, uri, error)
+                if attempt == tries or not isinstance(failure, TransientStorageError | CorruptObjectError):
+                    raise failure from error
+            time.sleep(FIRST_DELAY_S * 3 ** (attempt - 1) * random.uniform(0.5, 1.5))
+        raise AssertionError("tries is at least 1")
+
+
+def _classify(store: Store, uri: str, error: Exception) -> StorageError:
+    if isinstance(error, StorageError):
+        return error
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        return StorageError(
+            f"{uri}: no space left on the disk; make room, or set TMPDIR if it was read, not written"
+        )
+    return store.classify(error, uri)
+
+
+def _compare(store: Store, path: str, info: ObjectInfo, size: int, md5: str) -> None:
+    if size != info.size:
+        raise CorruptObjectError(
+            f"{info.uri}: read {size} bytes, listed with {info.size}; it was cut short or replaced meanwhile"
+        )
+    if info.etag is not None and md5 != info.etag and store.etag_is_md5(path):
+        raise CorruptObjectError(
+            f"{info.uri}: its MD5 is {md5}, the store says {info.etag}; "
+            f"it is damaged, or was replaced meanwhile"
+        )

@@ -1,0 +1,1 @@
+"""Looking at labels: overlays of masks on their images."""

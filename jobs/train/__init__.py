@@ -1,0 +1,1 @@
+"""Training: a plain single-process loop for now; the distributed entrypoint joins it here."""

@@ -1,0 +1,80 @@
+"""Backbone and feature pyramid: (B, 3, H, W) normalised images -> P2 ... P6, strides 4 ... 64.
+
+Layers are torchvision's, and so are the parameter names: `backbone.body.*`, `backbone.fpn.*`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+from torch import nn
+from torchvision.models import mobilenet_v2, resnet50, resnet101
+from torchvision.models.detection.backbone_utils import BackboneWithFPN
+from torchvision.ops import FrozenBatchNorm2d
+from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
+
+from maskrcnn_core.config import MaskRCNNConfig
+
+STRIDES = (4, 8, 16, 32, 64)
+SIZE_DIVISOR = 32  # inputs are padded to a multiple of the deepest stage's stride
+
+_RESNET_STAGES = ("layer4", "layer3", "layer2", "layer1", "conv1")  # deepest first
+# Last block of each stride in MobileNetV2's `features`; block 18 (the classifier's 1280 channels)
+# serves ImageNet only and is left out.
+_MOBILENET_TAPS = {"3": 24, "6": 32, "13": 96, "17": 320}
+
+
+def build_backbone(config: MaskRCNNConfig) -> BackboneWithFPN:
+    """The pyramid of Lin et al. on the config's backbone; stages outside `trainable_stages` are frozen."""
+    norm_layer = _norm_layer(config.norm)
+    fpn_norm: Callable[..., nn.Module] | None = nn.BatchNorm2d if config.fpn_norm else None
+    if config.backbone == "mobilenet_v2":
+        body: nn.Module = mobilenet_v2(weights=None, norm_layer=norm_layer).features[:18]
+        taps = _MOBILENET_TAPS
+        _freeze_blocks(body, config.trainable_stages)
+        return BackboneWithFPN(
+            body,
+            {name: str(level) for level, name in enumerate(taps)},
+            list(taps.values()),
+            config.fpn_channels,
+            extra_blocks=LastLevelMaxPool(),
+            norm_layer=fpn_norm,
+        )
+    resnet = {"resnet50": resnet50, "resnet101": resnet101}[config.backbone]
+    body = resnet(weights=None, norm_layer=norm_layer)
+    trained = _RESNET_STAGES[: config.trainable_stages] + (("bn1",) if config.trainable_stages == 5 else ())
+    for name, parameter in body.named_parameters():
+        if not name.startswith(trained):
+            parameter.requires_grad_(False)
+    return BackboneWithFPN(
+        body,
+        {f"layer{stage}": str(stage - 1) for stage in range(1, 5)},
+        [256, 512, 1024, 2048],
+        config.fpn_channels,
+        extra_blocks=LastLevelMaxPool(),
+        norm_layer=fpn_norm,
+    )
+
+
+def _norm_layer(norm: str) -> Callable[..., nn.Module]:
+    if norm == "gn":
+        return partial(_group_norm)
+    return {"frozen_bn": FrozenBatchNorm2d, "bn": nn.BatchNorm2d}[norm]
+
+
+def _group_norm(channels: int) -> nn.GroupNorm:
+    """Groups of 8 channels: every width of MobileNetV2 and of ResNet is a multiple of 8."""
+    return nn.GroupNorm(channels // 8, channels)
+
+
+def _freeze_blocks(features: nn.Module, trainable_stages: int) -> None:
+    """Freeze MobileNetV2's blocks before the last `trainable_stages` changes of stride."""
+    first_block_of_stage = (0, 2, 4, 7, 14)
+    if trainable_stages == 5:
+        return
+    first_trained = (*first_block_of_stage, 18)[5 - trainable_stages]
+    for index, block in enumerate(features.children()):
+        if index < first_trained:
+            for parameter in block.parameters():
+                parameter.requires_grad_(False)

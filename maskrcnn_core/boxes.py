@@ -1,0 +1,121 @@
+"""Box arithmetic: deltas, clipping, matching and balanced sampling.
+
+Boxes are (x0, y0, x1, y1), absolute pixels, x1 - x0 = width. Letters: N boxes, G ground-truth boxes.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torchvision.ops import box_iou
+
+# A predicted log-size is cut here before exp(): an anchor grows at most to 1000/16 times its size
+# (Detectron, lib/core/config.py, BBOX_XFORM_CLIP).
+MAX_LOG_SCALE = math.log(1000.0 / 16)
+
+IGNORED = -1  # neither positive nor negative
+NEGATIVE = -2
+
+
+def encode_deltas(boxes: Tensor, anchors: Tensor, weights: tuple[float, float, float, float]) -> Tensor:
+    """What regression must predict to turn `anchors` into `boxes`.
+
+    Args:
+        boxes, anchors: (N, 4) float.
+        weights: factors of (dx, dy, dw, dh).
+
+    Returns:
+        (N, 4): ((x - xa) / wa, (y - ya) / ha, log(w / wa), log(h / ha)) of centres and sizes, times weights.
+
+    Source: Girshick et al., R-CNN, appendix C.
+    """
+    anchor_w, anchor_h = anchors[:, 2] - anchors[:, 0], anchors[:, 3] - anchors[:, 1]
+    anchor_x, anchor_y = anchors[:, 0] + 0.5 * anchor_w, anchors[:, 1] + 0.5 * anchor_h
+    box_w, box_h = boxes[:, 2] - boxes[:, 0], boxes[:, 3] - boxes[:, 1]
+    box_x, box_y = boxes[:, 0] + 0.5 * box_w, boxes[:, 1] + 0.5 * box_h
+    wx, wy, ww, wh = weights
+    return torch.stack(
+        (
+            wx * (box_x - anchor_x) / anchor_w,
+            wy * (box_y - anchor_y) / anchor_h,
+            ww * torch.log(box_w / anchor_w),
+            wh * torch.log(box_h / anchor_h),
+        ),
+        dim=1,
+    )
+
+
+def decode_deltas(deltas: Tensor, anchors: Tensor, weights: tuple[float, float, float, float]) -> Tensor:
+    """Apply predicted deltas; the inverse of `encode_deltas`.
+
+    Args:
+        deltas: (..., 4).
+        anchors: (..., 4), broadcast against deltas.
+
+    Returns:
+        (..., 4) boxes, not clipped to the image.
+    """
+    width, height = anchors[..., 2] - anchors[..., 0], anchors[..., 3] - anchors[..., 1]
+    center_x, center_y = anchors[..., 0] + 0.5 * width, anchors[..., 1] + 0.5 * height
+    wx, wy, ww, wh = weights
+    x = deltas[..., 0] / wx * width + center_x
+    y = deltas[..., 1] / wy * height + center_y
+    half_w = 0.5 * torch.exp(torch.clamp(deltas[..., 2] / ww, max=MAX_LOG_SCALE)) * width
+    half_h = 0.5 * torch.exp(torch.clamp(deltas[..., 3] / wh, max=MAX_LOG_SCALE)) * height
+    return torch.stack((x - half_w, y - half_h, x + half_w, y + half_h), dim=-1)
+
+
+def clip_boxes(boxes: Tensor, height: float, width: float) -> Tensor:
+    """(..., 4) boxes cut to 0 <= x <= width, 0 <= y <= height."""
+    x = boxes[..., 0::2].clamp(0, width)
+    y = boxes[..., 1::2].clamp(0, height)
+    return torch.stack((x[..., 0], y[..., 0], x[..., 1], y[..., 1]), dim=-1)
+
+
+def match(
+    gt_boxes: Tensor, boxes: Tensor, *, positive_iou: float, negative_iou: float, rescue: bool
+) -> Tensor:
+    """Assign to each box a ground-truth box by IoU.
+
+    Args:
+        gt_boxes: (G, 4); G may be 0, then every box is NEGATIVE.
+        boxes: (N, 4) anchors or proposals.
+        positive_iou: from here on a box is positive; below negative_iou it is negative; between, IGNORED.
+        rescue: the boxes that overlap a gt box most become positive even below the threshold, each
+            for the gt box that it overlaps most itself (Faster R-CNN, section 3.1.2, case i).
+
+    Returns:
+        (N,) int64: index into gt_boxes, or NEGATIVE, or IGNORED.
+    """
+    if gt_boxes.shape[0] == 0:
+        return torch.full((boxes.shape[0],), NEGATIVE, dtype=torch.int64, device=boxes.device)
+    iou = box_iou(gt_boxes, boxes)  # (G, N)
+    best_iou, best_gt = iou.max(dim=0)
+    matched = best_gt.clone()
+    matched[best_iou < positive_iou] = IGNORED
+    matched[best_iou < negative_iou] = NEGATIVE
+    if rescue:
+        best_of_gt = iou.max(dim=1, keepdim=True).values
+        rescued = (iou == best_of_gt).any(dim=0)
+        matched[rescued] = best_gt[rescued]
+    return matched
+
+
+def sample_balanced(matched: Tensor, num_samples: int, positive_fraction: float) -> tuple[Tensor, Tensor]:
+    """Draw at most `num_samples` boxes, at most the given fraction of them positive.
+
+    Args:
+        matched: (N,) from `match`.
+
+    Returns:
+        indices of the positives and of the negatives drawn, each int64, in random order.
+    """
+    positive = torch.where(matched >= 0)[0]
+    negative = torch.where(matched == NEGATIVE)[0]
+    num_positive = min(positive.numel(), int(num_samples * positive_fraction))
+    num_negative = min(negative.numel(), num_samples - num_positive)
+    pick_positive = torch.randperm(positive.numel(), device=matched.device)[:num_positive]
+    pick_negative = torch.randperm(negative.numel(), device=matched.device)[:num_negative]
+    return positive[pick_positive], negative[pick_negative]

@@ -1,0 +1,80 @@
+"""The command line as a user meets it: one clear line for a mistake, the right exit status, and nothing written."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from maskrcnn_core.checkpoint import dump_checkpoint
+from maskrcnn_core.config import lite
+from maskrcnn_core.model import build_model
+
+
+def masklake(*arguments: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "jobs.cli", *arguments], capture_output=True, text=True, timeout=120, env=env
+    )
+
+
+def assert_one_line(result: subprocess.CompletedProcess[str], status: int, *words: str) -> None:
+    assert result.returncode == status, result.stderr
+    lines = result.stderr.strip().splitlines()
+    assert len(lines) == 1, result.stderr
+    assert "Traceback" not in lines[0]
+    for word in words:
+        assert word in lines[0]
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Path:
+    folder = tmp_path / "images"
+    folder.mkdir()
+    (folder / "a.jpg").write_bytes(b"not read in these tests")
+    return folder
+
+
+def test_a_misspelt_key_is_refused_with_the_right_name(images: Path, tmp_path: Path) -> None:
+    spec = tmp_path / "job.yaml"
+    spec.write_text(f"source: {{uri: {images}}}\nmodel: {{uri: demo}}\nlake: {{uri: {tmp_path}/lake}}\npool: {{bach_size: 4}}\n")
+    assert_one_line(masklake("infer", str(spec)), 2, "pool.bach_size", "batch_size")
+    assert not (tmp_path / "lake").exists()
+
+
+def test_a_missing_setting_is_named(images: Path) -> None:
+    assert_one_line(masklake("infer", "--source", str(images), "--model", "demo"), 2, "lake.uri")
+
+
+def test_a_checkpoint_of_another_architecture_is_refused(images: Path, tmp_path: Path) -> None:
+    config = lite(((1, "a"),))
+    other = build_model(config.replace(box_head_channels=64), seed=0)
+    other.config = config
+    (tmp_path / "other.safetensors").write_bytes(dump_checkpoint(other, "other"))
+    result = masklake(
+        "infer", "--source", str(images), "--model", str(tmp_path / "other.safetensors"), "--lake", str(tmp_path / "lake")
+    )
+    assert_one_line(result, 2, "box_head.fc6.weight", "wanted")
+    assert not (tmp_path / "lake").exists()
+
+
+def test_a_pickled_checkpoint_is_refused(images: Path, tmp_path: Path) -> None:
+    torch.save({"model": torch.zeros(3)}, tmp_path / "model.pth")
+    result = masklake(
+        "infer", "--source", str(images), "--model", str(tmp_path / "model.pth"), "--lake", str(tmp_path / "lake")
+    )
+    assert_one_line(result, 2, "safetensors")
+
+
+def test_a_missing_checkpoint_and_a_missing_source_are_refused(images: Path, tmp_path: Path) -> None:
+    lake = str(tmp_path / "lake")
+    assert_one_line(masklake("infer", "--source", str(images), "--model", "nowhere.safetensors", "--lake", lake), 2, "nowhere")
+    assert_one_line(masklake("infer", "--source", str(tmp_path / "no"), "--model", "demo", "--lake", lake), 2, "source.uri")
+    assert not (tmp_path / "lake").exists()
+
+
+def test_the_schema_is_json_that_names_every_section() -> None:
+    result = masklake("schema", "infer")
+    assert result.returncode == 0
+    assert set(json.loads(result.stdout)["properties"]) >= {"source", "model", "lake", "unit", "pool", "commit", "storage"}

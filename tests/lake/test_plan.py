@@ -1,0 +1,169 @@
+"""The plan, jobs/lake/plan.py, and the shard index, jobs/lake/shard_index.py."""
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+
+from jobs.lake.done_images import ShardState
+from jobs.lake.labels_table import LabelsTable
+from jobs.lake.plan import plan_shards
+from jobs.lake.shard_index import load_shard_index, save_shard_index
+from jobs.lake.sources import Shard, list_shards
+from jobs.lake.storage import ObjectInfo, Storage
+from schemas.specs import SourceSpec
+
+MODEL = "lite-0123456789ab"
+SOURCE = "s3://photos/2026"
+
+
+class KnownImages:
+    """Answers the plan's questions from a dict: shard -> image id -> whether it is done."""
+
+    def __init__(self, shards: dict[str, dict[str, bool]]) -> None:
+        self._shards = shards
+
+    def state(self, shard: str) -> ShardState:
+        images = self._shards.get(shard, {})
+        return ShardState(sum(images.values()), len(images) - sum(images.values()))
+
+    def ids(self, shard: str) -> frozenset[str]:
+        return frozenset(image_id for image_id, done in self._shards.get(shard, {}).items() if done)
+
+    def among(self, image_ids: Sequence[str]) -> frozenset[str]:
+        done = frozenset[str]().union(*(self.ids(shard) for shard in self._shards))
+        return done & frozenset(image_ids)
+
+
+def tar(name: str, version: str = "v1") -> Shard:
+    uri = f"{SOURCE}/{name}"
+    return Shard(uri, name, "tar", ObjectInfo(uri, 10, None, version), (), None)
+
+
+def slice_of(*image_ids: str) -> Shard:
+    objects = tuple((i, ObjectInfo(f"{SOURCE}/{i}", 10, None, "v1")) for i in image_ids)
+    return Shard(f"{SOURCE}/{image_ids[0]}", ".", "files", None, objects, len(objects))
+
+
+def test_no_shards_no_plan() -> None:
+    assert list(plan_shards([], KnownImages({}), {})) == []
+
+
+def test_a_new_source_is_planned_whole() -> None:
+    shards = [tar("a.tar"), slice_of("1.jpg", "2.jpg")]
+    assert list(plan_shards(shards, KnownImages({}), {})) == [(shard, frozenset()) for shard in shards]
+
+
+def test_a_shard_is_left_out_once_a_run_read_it_to_its_end_and_committed_it() -> None:
+    done = KnownImages({"a.tar": {"a.tar/1": True, "a.tar/2": True}})
+    assert list(plan_shards([tar("a.tar")], done, {("a.tar", "v1"): 2})) == []
+
+
+def test_a_shard_whose_size_is_not_known_is_read_again_skipping_what_is_done() -> None:
+    done = KnownImages({"a.tar": {"a.tar/1": True, "a.tar/2": True}})
+    skip = frozenset({"a.tar/1", "a.tar/2"})
+    assert list(plan_shards([tar("a.tar")], done, {})) == [(tar("a.tar"), skip)]
+
+
+def test_a_shard_that_was_replaced_is_read_again() -> None:
+    done = KnownImages({"a.tar": {"a.tar/1": True}})
+    plan = list(plan_shards([tar("a.tar", "v2")], done, {("a.tar", "v1"): 1}))
+    assert plan == [(tar("a.tar", "v2"), frozenset({"a.tar/1"}))]
+
+
+def test_a_complete_shard_with_images_to_retry_is_read_again_for_them() -> None:
+    done = KnownImages({"a.tar": {"a.tar/1": True, "a.tar/2": False}})
+    plan = list(plan_shards([tar("a.tar")], done, {("a.tar", "v1"): 2}))
+    assert plan == [(tar("a.tar"), frozenset({"a.tar/1"}))]
+
+
+def test_rows_of_an_earlier_version_do_not_hide_images_to_retry() -> None:
+    images = {"a.tar/old": True, "a.tar/1": True, "a.tar/2": False}
+    plan = list(plan_shards([tar("a.tar")], KnownImages({"a.tar": images}), {("a.tar", "v1"): 2}))
+    assert plan == [(tar("a.tar"), frozenset({"a.tar/old", "a.tar/1"}))]
+
+
+def test_a_table_that_lost_rows_wins_over_the_index() -> None:
+    done = KnownImages({"a.tar": {"a.tar/1": True}})
+    plan = list(plan_shards([tar("a.tar")], done, {("a.tar", "v1"): 2}))
+    assert plan == [(tar("a.tar"), frozenset({"a.tar/1"}))]
+
+
+def test_an_empty_shard_is_read_once() -> None:
+    assert list(plan_shards([tar("a.tar")], KnownImages({}), {("a.tar", "v1"): 0})) == []
+
+
+def test_a_slice_comes_back_without_the_objects_that_are_done() -> None:
+    done = KnownImages({".": {"1.jpg": True, "2.jpg": False, "4.jpg": True}})
+    shards = [slice_of("1.jpg", "2.jpg", "3.jpg"), slice_of("4.jpg")]
+    ((left, skip),) = plan_shards(shards, done, {})
+    assert [image_id for image_id, _ in left.objects] == ["2.jpg", "3.jpg"]
+    assert (left.num_images, left.name, left.uri, skip) == (2, ".", f"{SOURCE}/1.jpg", frozenset())
+
+
+def test_a_plan_is_lazy() -> None:
+    def listing() -> Iterator[Shard]:
+        yield tar("a.tar")
+        raise AssertionError("the listing was read further than the plan was asked")
+
+    plan = plan_shards(listing(), KnownImages({}), {})
+    assert next(plan)[0] == tar("a.tar")
+
+
+def test_a_folder_that_grew_is_planned_for_its_new_images_only(
+    storage: Storage,
+    lake: str,
+    tmp_path: Path,
+    make_rows: Callable[..., pa.Table],
+    add_labels: Callable[..., object],
+) -> None:
+    for number in range(1100):
+        (tmp_path / "photos").mkdir(exist_ok=True)
+        (tmp_path / "photos" / f"{number:04d}.jpg").touch()
+    spec = SourceSpec(uri=f"file://{tmp_path}/photos")
+    ids = [f"{number:04d}.jpg" for number in range(1100)]
+    table = LabelsTable.open_or_create(lake, storage)
+    rows = [make_rows(ids[i : i + 300], MODEL, source=spec.uri, shard=".") for i in range(0, 1100, 300)]
+    add_labels(table, storage, *rows)
+    assert list(plan_shards(list_shards(spec, storage), table.done_images(spec.uri, MODEL), {})) == []
+
+    # New keys shift every slice of the listing after them.
+    for name in ("0000a.jpg", "0600a.jpg", "zzz.jpg"):
+        (tmp_path / "photos" / name).touch()
+    plan = plan_shards(list_shards(spec, storage), table.done_images(spec.uri, MODEL), {})
+    assert [i for shard, _ in plan for i, _ in shard.objects] == ["0000a.jpg", "0600a.jpg", "zzz.jpg"]
+
+
+def test_the_shard_index_of_all_runs_is_read_back(storage: Storage, lake: str) -> None:
+    assert load_shard_index(storage, lake, SOURCE, MODEL) == {}
+    save_shard_index(storage, lake, SOURCE, MODEL, "run-1", {("a.tar", "v1"): 3})
+    save_shard_index(storage, lake, SOURCE, MODEL, "run-1", {("a.tar", "v1"): 3, ("b.tar", "v1"): 0})
+    save_shard_index(storage, lake, SOURCE, MODEL, "run-2", {("a.tar", "v2"): 4})
+    save_shard_index(storage, lake, SOURCE, "other", "run-1", {("c.tar", "v1"): 5})
+    save_shard_index(storage, lake, "s3://other", MODEL, "run-1", {("d.tar", "v1"): 6})
+    assert load_shard_index(storage, lake, SOURCE, MODEL) == {
+        ("a.tar", "v1"): 3,
+        ("b.tar", "v1"): 0,
+        ("a.tar", "v2"): 4,
+    }
+
+
+def test_a_damaged_shard_index_costs_a_warning_and_nothing_else(
+    storage: Storage, lake: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    save_shard_index(storage, lake, SOURCE, MODEL, "run-1", {("a.tar", "v1"): 3})
+    save_shard_index(storage, lake, SOURCE, MODEL, "run-2", {("b.tar", "v1"): 4})
+    (damaged,) = (tmp_path / "lake" / "shard_index").glob("*/run-1.parquet")
+    damaged.write_bytes(b"PAR1 not any more")
+    with caplog.at_level(logging.WARNING):
+        assert load_shard_index(storage, lake, SOURCE, MODEL) == {("b.tar", "v1"): 4}
+    assert "run-1.parquet is damaged" in caplog.text
+
+
+def test_the_shard_index_works_on_s3(s3_lake: tuple[str, Storage]) -> None:
+    lake, storage = s3_lake
+    assert load_shard_index(storage, lake, SOURCE, MODEL) == {}
+    save_shard_index(storage, lake, SOURCE, MODEL, "run-1", {("a.tar", "v1"): 3})
+    assert load_shard_index(storage, lake, SOURCE, MODEL) == {("a.tar", "v1"): 3}

@@ -1,0 +1,94 @@
+import math
+
+import pytest
+import torch
+from torchvision.models.detection._utils import BoxCoder
+
+from maskrcnn_core.boxes import (
+    IGNORED,
+    MAX_LOG_SCALE,
+    NEGATIVE,
+    clip_boxes,
+    decode_deltas,
+    encode_deltas,
+    match,
+    sample_balanced,
+)
+
+WEIGHTS = (10.0, 10.0, 5.0, 5.0)
+
+
+def random_boxes(num: int, seed: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    corner = torch.rand((num, 2), generator=generator) * 100
+    return torch.cat((corner, corner + 1 + torch.rand((num, 2), generator=generator) * 50), dim=1)
+
+
+def test_deltas_of_a_box_against_itself_are_zero() -> None:
+    boxes = random_boxes(5, 0)
+    assert torch.allclose(encode_deltas(boxes, boxes, WEIGHTS), torch.zeros(5, 4), atol=1e-6)
+
+
+def test_deltas_of_a_hand_worked_pair() -> None:
+    anchor = torch.tensor([[0.0, 0.0, 10.0, 20.0]])
+    box = torch.tensor([[5.0, 0.0, 25.0, 20.0]])  # centre (15, 10), twice as wide
+    expected = torch.tensor([[1.0, 0.0, math.log(2.0), 0.0]])
+    assert torch.allclose(encode_deltas(box, anchor, (1, 1, 1, 1)), expected)
+
+
+def test_decode_undoes_encode() -> None:
+    boxes, anchors = random_boxes(50, 1), random_boxes(50, 2)
+    assert torch.allclose(decode_deltas(encode_deltas(boxes, anchors, WEIGHTS), anchors, WEIGHTS), boxes, atol=1e-3)
+
+
+def test_deltas_agree_with_torchvision() -> None:
+    boxes, anchors = random_boxes(50, 3), random_boxes(50, 4)
+    coder = BoxCoder(WEIGHTS)
+    deltas = coder.encode([boxes], [anchors])[0]
+    assert torch.allclose(encode_deltas(boxes, anchors, WEIGHTS), deltas, atol=1e-5)
+    wild = torch.randn(50, 4) * 20
+    assert torch.allclose(decode_deltas(wild, anchors, WEIGHTS), coder.decode_single(wild, anchors), rtol=1e-5)
+
+
+def test_a_huge_size_delta_is_cut_instead_of_overflowing() -> None:
+    anchor = torch.tensor([[0.0, 0.0, 16.0, 16.0]])
+    box = decode_deltas(torch.tensor([[0.0, 0.0, 1000.0, 0.0]]), anchor, (1, 1, 1, 1))
+    assert box[0, 2] - box[0, 0] == pytest.approx(16 * math.exp(MAX_LOG_SCALE))
+
+
+def test_clipping_keeps_boxes_inside_the_image() -> None:
+    boxes = torch.tensor([[-5.0, -5.0, 50.0, 50.0], [10.0, 10.0, 12.0, 12.0]])
+    assert clip_boxes(boxes, 20, 30).tolist() == [[0, 0, 30, 20], [10, 10, 12, 12]]
+
+
+def test_matching_separates_positive_negative_and_ignored() -> None:
+    truth = torch.tensor([[0.0, 0.0, 10.0, 10.0]])
+    boxes = torch.tensor([[0.0, 0.0, 10.0, 10.0], [0.0, 0.0, 10.0, 20.0], [50.0, 50.0, 60.0, 60.0]])
+    matched = match(truth, boxes, positive_iou=0.7, negative_iou=0.3, rescue=False)
+    assert matched.tolist() == [0, IGNORED, NEGATIVE]
+
+
+def test_the_best_box_of_a_truth_is_rescued_below_the_threshold() -> None:
+    truth = torch.tensor([[0.0, 0.0, 10.0, 10.0]])
+    boxes = torch.tensor([[0.0, 0.0, 10.0, 40.0], [0.0, 0.0, 10.0, 100.0]])
+    matched = match(truth, boxes, positive_iou=0.7, negative_iou=0.3, rescue=True)
+    assert matched.tolist() == [0, NEGATIVE]
+
+
+def test_without_truth_every_box_is_negative() -> None:
+    matched = match(torch.zeros(0, 4), random_boxes(3, 5), positive_iou=0.7, negative_iou=0.3, rescue=True)
+    assert matched.tolist() == [NEGATIVE] * 3
+
+
+def test_sampling_keeps_the_share_of_positives_and_fills_with_negatives() -> None:
+    matched = torch.tensor([0] * 10 + [NEGATIVE] * 50 + [IGNORED] * 5)
+    positive, negative = sample_balanced(matched, 16, 0.25)
+    assert len(positive) == 4
+    assert len(negative) == 12
+    assert (matched[positive] >= 0).all()
+    assert (matched[negative] == NEGATIVE).all()
+
+
+def test_sampling_from_nothing_gives_nothing() -> None:
+    positive, negative = sample_balanced(torch.zeros(0, dtype=torch.int64), 16, 0.25)
+    assert len(positive) == len(negative) == 0
