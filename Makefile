@@ -15,15 +15,15 @@ setup: $(INSTALLED) ## .venv with masklake and everything that develops it
 $(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 11) or sys.exit(f"masklake needs Python 3.11 or later; $(PYTHON) is {v.major}.{v.minor}: make PYTHON=python3.12 …")'
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	@echo "Installing into .venv: about 5 GB with PyTorch's GPU libraries, several minutes the first time …"
-	@$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@echo "Installing into .venv: 7 GB with PyTorch's GPU libraries, some minutes the first time …"
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@
 
 demo: setup ## makes a small lake of rendered scenes, labels it, scores the labels
 	@$(BIN)/masklake demo
 
 test: setup ## the quick suite
-	@$(BIN)/python -m pytest -q -m "not s3"
+	@$(BIN)/python -m pytest -q
 
 test-s3: setup ## the tests against Ceph RGW, a real S3 server
 	@$(BIN)/python -m pytest -q -m s3

@@ -127,9 +127,7 @@ def actor_profile(
 def _gpus_per_actor(gpus_available: float, pool: PoolSpec) -> float:
     gpus = (1.0 if gpus_available >= 1 else 0.0) if pool.gpus_per_actor == "auto" else pool.gpus_per_actor
     if gpus > 1 and gpus != int(gpus):
-        raise UsageError(
-            f"pool.gpus_per_actor is {gpus:g}, wanted a whole number, or less than 1"
-        )
+        raise UsageError(f"pool.gpus_per_actor is {gpus:g}, wanted a whole number, or less than 1")
     return gpus
 
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import ray
 from ray._private import ray_constants
 from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR
+from ray._private.services import resolve_ip_for_localhost
 from ray.exceptions import AuthenticationError
 
 from schemas.errors import UsageError
@@ -75,7 +76,9 @@ def connect(address: str | None = None, num_cpus: int | None = None) -> ClusterI
 
 
 def cluster_address(address: str | None = None) -> str | None:
-    """The address of the cluster that `connect(address)` would join; None where it would start a local one."""
+    """The address of the cluster that connect(address) would use; None where it would start a local one."""
+    if ray.is_initialized():
+        return str(ray.get_runtime_context().gcs_address)
     in_a_job = RAY_JOB_CONFIG_JSON_ENV_VAR in os.environ
     return address or os.environ.get("RAY_ADDRESS") or ("auto" if in_a_job else None)
 
@@ -149,11 +152,13 @@ def _probe(address: str) -> None:
         raise UsageError(
             f"{address} is not the address of a Ray cluster, wanted HOST:PORT such as 10.0.0.5:6379"
         )
+    # For localhost Ray takes this machine's own address, where an embedded cluster does not listen.
+    asked = resolve_ip_for_localhost(host.strip("[]"))
     try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=_PROBE_TIMEOUT_S).close()
+        socket.create_connection((asked, int(port)), timeout=_PROBE_TIMEOUT_S).close()
     except OSError as error:
         raise UsageError(
-            f"no Ray cluster answers at {address}: {error.strerror or error}; give another --address or "
+            f"no Ray cluster answers at {asked}:{port}: {error.strerror or error}; give another --address or "
             "RAY_ADDRESS, or neither to run on this machine"
         ) from None
 

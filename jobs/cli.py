@@ -1,6 +1,7 @@
 """The command line: `masklake infer | evaluate | schema | demo | …`.
 
-A MasklakeError becomes one line on stderr and its exit status; anything else is our own fault and keeps its traceback.
+A MasklakeError becomes one line on stderr and its exit status; anything else is our own fault and keeps its
+traceback.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Annotated
 import typer
 
 from schemas.errors import MasklakeError
-from schemas.specs import SPECS, InferSpec, json_schema, load_spec
+from schemas.specs import SPECS, InferSpec, SourceSpec, StorageSpec, json_schema, load_spec
 
 app = typer.Typer(
     name="masklake",
@@ -23,13 +24,20 @@ app = typer.Typer(
     add_completion=False,
 )
 
-Overrides = Annotated[list[str], typer.Option("--set", help="override one setting of the spec: --set pool.batch_size=16")]
-Json = Annotated[bool, typer.Option("--json", help="print the result as one JSON object, the last line of stdout")]
+Overrides = Annotated[
+    list[str], typer.Option("--set", help="override one setting of the spec: --set pool.batch_size=16")
+]
+Endpoint = Annotated[str | None, typer.Option(help="S3 endpoint; else the environment's AWS_ENDPOINT_URL")]
+Json = Annotated[
+    bool, typer.Option("--json", help="print the result as one JSON object, the last line of stdout")
+]
 
 
 @app.command()
 def infer(
-    spec_file: Annotated[Path | None, typer.Argument(help="spec file (YAML); flags and --set override it")] = None,
+    spec_file: Annotated[
+        Path | None, typer.Argument(help="spec file (YAML); flags and --set override it")
+    ] = None,
     source: Annotated[str | None, typer.Option(help="images: folder, bucket prefix or list")] = None,
     model: Annotated[str | None, typer.Option(help="checkpoint (.safetensors), or demo")] = None,
     lake: Annotated[str | None, typer.Option(help="where the tables are")] = None,
@@ -51,12 +59,78 @@ def infer(
         print(summary.to_json())
     elif summary.status == "done":
         print(
-            f"{summary.images:,} images labelled in {summary.seconds:.1f} s: {summary.ok:,} ok, {summary.failed:,} failed, "
-            f"{summary.detections:,} detections.\n"
+            f"{summary.images:,} images labelled in {summary.seconds:.1f} s: {summary.ok:,} ok, "
+            f"{summary.failed:,} failed, {summary.detections:,} detections.\n"
             f"model    {summary.model_id}\n"
             f"table    {summary.lake}/labels at version {summary.committed_version}\n"
             f"summary  {summary.lake}/runs/{summary.run_id}/summary.json"
         )
+
+
+@app.command()
+def evaluate(
+    lake: Annotated[str, typer.Option(help="where the tables are")],
+    annotations: Annotated[str, typer.Option(help="COCO instances JSON with the ground truth")],
+    model_id: Annotated[str | None, typer.Option(help="needed where several models have labelled")] = None,
+    endpoint_url: Endpoint = None,
+    as_json: Json = False,
+) -> None:
+    """Score the labels of a lake against ground truth: COCO AP of boxes and masks."""
+    from jobs.evaluate.run import run_evaluate
+    from jobs.lake.storage import Storage
+
+    result = run_evaluate(lake, annotations, model_id, Storage(StorageSpec(endpoint_url=endpoint_url)))
+    if as_json:
+        print(result.to_json())
+        return
+    print(
+        f"{result.images:,} images of {result.model_id}, {result.failed:,} failed, "
+        f"{result.unlabelled:,} not labelled"
+    )
+    for name, figures in (("mask", result.segm), ("box", result.bbox)):
+        print(f"{name:5s}" + "  ".join(f"{metric} {value:.3f}" for metric, value in figures.items()))
+
+
+@app.command()
+def report(
+    lake: Annotated[str, typer.Option(help="where the tables are")],
+    source: Annotated[str, typer.Option(help="the images that were labelled")],
+    out: Annotated[Path, typer.Option(help="PNG to write")],
+    model_id: Annotated[str | None, typer.Option(help="needed where several models have labelled")] = None,
+    annotations: Annotated[str | None, typer.Option(help="COCO JSON to take category names from")] = None,
+    num_images: Annotated[int, typer.Option(min=1, max=400)] = 12,
+    min_score: Annotated[float, typer.Option(min=0, max=1)] = 0.5,
+    endpoint_url: Endpoint = None,
+) -> None:
+    """Draw a contact sheet of labelled images with their masks."""
+    from jobs.evaluate.run import read_coco
+    from jobs.lake.labels_table import LabelsTable
+    from jobs.lake.storage import Storage
+    from jobs.report.overlay import contact_sheet
+
+    storage = Storage(StorageSpec(endpoint_url=endpoint_url))
+    table = LabelsTable.open(lake, storage)
+    truth = read_coco(annotations, storage) if annotations else {"categories": []}
+    names = {int(c["id"]): str(c["name"]) for c in truth["categories"]}
+    chosen = table.choose_model(model_id)
+    out.write_bytes(
+        contact_sheet(
+            table, chosen, SourceSpec(uri=source), names, storage, num_images=num_images, min_score=min_score
+        )
+    )
+    print(out)
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="folder to make")] = Path("demo-lake"),
+    scenes: Annotated[int, typer.Option(min=1, max=100_000, help="images to render")] = 160,
+) -> None:
+    """Render a small lake, label it with the bundled checkpoint, score it, and say where to look."""
+    from jobs.demo.tour import run_demo
+    from jobs.infer.progress import default_watcher
+
+    run_demo(out, default_watcher(), scenes)
 
 
 @app.command()

@@ -6,7 +6,6 @@ Layers are torchvision's, and so are the parameter names: `backbone.body.*`, `ba
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 
 from torch import nn
 from torchvision.models import mobilenet_v2, resnet50, resnet101
@@ -58,9 +57,12 @@ def build_backbone(config: MaskRCNNConfig) -> BackboneWithFPN:
 
 
 def _norm_layer(norm: str) -> Callable[..., nn.Module]:
-    if norm == "gn":
-        return partial(_group_norm)
-    return {"frozen_bn": FrozenBatchNorm2d, "bn": nn.BatchNorm2d}[norm]
+    layers: dict[str, Callable[..., nn.Module]] = {
+        "frozen_bn": FrozenBatchNorm2d,
+        "bn": nn.BatchNorm2d,
+        "gn": _group_norm,
+    }
+    return layers[norm]
 
 
 def _group_norm(channels: int) -> nn.GroupNorm:

@@ -91,7 +91,7 @@ def match(
     """
     if gt_boxes.shape[0] == 0:
         return torch.full((boxes.shape[0],), NEGATIVE, dtype=torch.int64, device=boxes.device)
-    iou = box_iou(gt_boxes, boxes)  # (G, N)
+    iou: Tensor = box_iou(gt_boxes, boxes)  # (G, N)
     best_iou, best_gt = iou.max(dim=0)
     matched = best_gt.clone()
     matched[best_iou < positive_iou] = IGNORED

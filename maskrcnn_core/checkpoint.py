@@ -69,11 +69,14 @@ class Checkpoint:
         if problems:
             shown = "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
             raise CheckpointError(
-                f"the weights do not fit preset {self.config.preset!r} with {self.config.num_classes} classes: {shown}."
+                f"the weights do not fit preset {self.config.preset!r} with {self.config.num_classes} "
+                f"classes: {shown}."
             )
         model.load_state_dict(dict(self.weights))  # copies into float32
         if any(not torch.isfinite(p).all() for p in model.parameters()):
-            raise CheckpointError("the weights hold NaN or infinity; labels made with them would mean nothing.")
+            raise CheckpointError(
+                "the weights hold NaN or infinity; labels made with them would mean nothing."
+            )
         return model.eval()
 
     def model_id(self, precision: str, **overrides: Any) -> str:
@@ -141,7 +144,9 @@ def parse_checkpoint(data: bytes, where: str) -> Checkpoint:
     except (KeyError, ValueError, SafetensorError) as error:
         raise CheckpointError(f"{where} is damaged or of a newer version: {error}") from error
     if weight_fingerprint(weights, config) != stored:
-        raise CheckpointError(f"{where}: the weights do not match their fingerprint; the file was altered or damaged.")
+        raise CheckpointError(
+            f"{where}: the weights do not match their fingerprint; the file was altered or damaged."
+        )
     return Checkpoint(name, config, weights, stored, provenance)
 
 

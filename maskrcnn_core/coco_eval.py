@@ -39,15 +39,18 @@ def evaluate_coco(
     wanted = set(image_ids)
     annotations = [a for a in ground_truth["annotations"] if a["image_id"] in wanted]
     if not annotations:
-        raise ValueError(f"no annotation belongs to the {len(image_ids)} labelled images; is it the right JSON?")
+        raise ValueError(
+            f"no annotation belongs to the {len(image_ids)} labelled images; is it the right JSON?"
+        )
     with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints its progress
         truth = COCO()
-        truth.dataset = {
-            "info": {},
+        dataset: Any = {
+            "info": {},  # loadRes wants it
             "images": [i for i in ground_truth["images"] if i["id"] in wanted],
             "annotations": [dict(a) for a in annotations],
             "categories": list(ground_truth["categories"]),
         }
+        truth.dataset = dataset
         truth.createIndex()
         results = to_coco_results(detections)
         evaluation = COCOeval(truth, truth.loadRes(results) if results else COCO(), kind)
@@ -73,5 +76,3 @@ def to_coco_results(detections: Mapping[int, Detections]) -> list[dict[str, Any]
             found.boxes, found.scores, found.category_ids, found.rles, strict=True
         )
     ]
-
-

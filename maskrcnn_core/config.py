@@ -145,8 +145,10 @@ class MaskRCNNConfig:
         """
         known = {field.name for field in dataclasses.fields(cls)}
         if unknown := sorted(set(values) - known):
-            raise ValueError(f"unknown fields of MaskRCNNConfig: {', '.join(unknown)}; written by a newer version?")
-        fields = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+            raise ValueError(
+                f"unknown fields of MaskRCNNConfig: {', '.join(unknown)}; written by a newer version?"
+            )
+        fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
         try:
             fields["categories"] = tuple((int(i), str(name)) for i, name in fields["categories"])
             return cls(**fields)

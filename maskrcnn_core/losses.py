@@ -1,6 +1,6 @@
 """The multi-task loss of Mask R-CNN: L = L_cls + L_box + L_mask, and the two of the RPN.
 
-Letters: R sampled RoIs over the batch, F the positive ones among them, K classes, M mask side, A sampled anchors.
+Letters: R sampled RoIs of the batch, F the positive ones of them, K classes, M mask side, A sampled anchors.
 """
 
 from __future__ import annotations
@@ -9,13 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Where smooth-L1 turns from quadratic to linear: 1/9 = 1/sigma^2 with the sigma = 3 of the Faster R-CNN release.
+# Where smooth-L1 turns from quadratic to linear: 1 / sigma^2 with sigma = 3, as Faster R-CNN was released.
 SMOOTH_L1_BETA = 1.0 / 9
 
 
-def rpn_loss(
-    logits: Tensor, labels: Tensor, deltas: Tensor, delta_targets: Tensor
-) -> tuple[Tensor, Tensor]:
+def rpn_loss(logits: Tensor, labels: Tensor, deltas: Tensor, delta_targets: Tensor) -> tuple[Tensor, Tensor]:
     """Objectness and anchor regression.
 
     Args:

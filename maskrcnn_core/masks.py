@@ -289,6 +289,8 @@ def _find_edges(
                         if (prob > threshold) != is_inside:
                             num_edges = _toggle(edges, num_edges, column_start + y)
                             is_inside = not is_inside
+                            if y > cell_row[j]:
+                                break  # linear between two samples: the outline crosses a cell once
                     continue
             if (kind == _INSIDE) != is_inside:
                 num_edges = _toggle(edges, num_edges, column_start + cell_row[j])

@@ -44,7 +44,9 @@ class MaskRCNN(nn.Module):
             loss_objectness, loss_rpn_box_reg, loss_classifier, loss_box_reg, loss_mask: scalars.
         """
         features = self._features(images)
-        proposals, rpn_losses = self.rpn.proposals_and_losses(features, image_sizes, [t.boxes for t in targets])
+        proposals, rpn_losses = self.rpn.proposals_and_losses(
+            features, image_sizes, [t.boxes for t in targets]
+        )
         return rpn_losses | self.roi_heads.losses(features, proposals, targets)
 
     def _features(self, images: Tensor) -> list[Tensor]:

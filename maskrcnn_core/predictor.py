@@ -3,9 +3,9 @@
 Enters: uint8 RGB images of any size. Leaves: one Detections an image, in pixels of that image.
 Letters: B images of a micro-batch, N detections of an image, M mask side, H×W original size.
 
-The way of a photograph: resize -> normalise -> pad -> network -> boxes back to original pixels -> RLE. Pixels and
-mask probabilities never outlive their micro-batch; masks of one batch are encoded on a second thread while the
-network runs the next.
+The way of a photograph: resize -> normalise -> pad -> network -> boxes back to original pixels -> RLE. Pixels
+and mask probabilities never outlive their micro-batch; masks of one batch are encoded on a second thread
+while the network runs the next.
 """
 
 from __future__ import annotations
@@ -56,8 +56,8 @@ class Predictor:
     ) -> None:
         """Args:
             device: "cpu", "cuda" or "cuda:N".
-            batch_size: most images of one forward pass. Only images with the same padded shape share a pass, so
-                that padding does not depend on what else is in the batch.
+            batch_size: most images of one forward pass. Only images with the same padded shape share a pass,
+                so that padding does not depend on what else is in the batch.
 
         Raises:
             ValueError: fp16 on a CPU, or a batch size below 1.
@@ -68,7 +68,7 @@ class Predictor:
             raise ValueError(f"batch_size is {batch_size}; wanted >= 1.")
         self.config = model.config
         self._device = torch.device(device)
-        self._model = model.eval().to(self._device, memory_format=torch.channels_last)
+        self._model = model.eval().to(self._device).to(memory_format=torch.channels_last)
         self._dtype = _AUTOCAST[precision]
         self._batch_size = batch_size
         self._category_ids = np.array((0, *model.config.category_ids), dtype=np.int32)  # by class_index
@@ -93,7 +93,9 @@ class Predictor:
         """
         for image in images:
             if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
-                raise ValueError(f"an image is {image.shape} {image.dtype}; wanted (H, W, 3) uint8 with H, W >= 1.")
+                raise ValueError(
+                    f"an image is {image.shape} {image.dtype}; wanted (H, W, 3) uint8 with H, W >= 1."
+                )
         pending: list[tuple[list[int], Future[list[Detections]]]] = []
         for batch in self._micro_batches(images):
             sizes = [images[i].shape[:2] for i in batch]
@@ -117,10 +119,12 @@ class Predictor:
         ]
 
     def _input_size(self, height: int, width: int) -> tuple[int, int]:
-        """(height, width) after resizing: shorter side min_size_px unless the longer would pass max_size_px."""
+        """(height, width) after resizing: shorter side min_size_px unless the longer passes max_size_px."""
         shorter, longer = np.float32(min(height, width)), np.float32(max(height, width))
         # float32 and floor as torchvision computes it, so that sizes agree to the pixel
-        scale = float(min(np.float32(self.config.min_size_px) / shorter, np.float32(self.config.max_size_px) / longer))
+        scale = float(
+            min(np.float32(self.config.min_size_px) / shorter, np.float32(self.config.max_size_px) / longer)
+        )
         return max(1, int(height * scale)), max(1, int(width * scale))
 
     @torch.inference_mode()
@@ -128,15 +132,16 @@ class Predictor:
         """Run the network on images of one padded shape; results are on the CPU, with the resized sizes."""
         resized = [self._resize(image) for image in images]
         sizes = [(int(x.shape[-2]), int(x.shape[-1])) for x in resized]
-        batch = torch.zeros(
-            (len(images), 3, _pad(sizes[0][0]), _pad(sizes[0][1])), device=self._device
-        ).to(memory_format=torch.channels_last)
+        batch = torch.zeros((len(images), 3, _pad(sizes[0][0]), _pad(sizes[0][1])), device=self._device).to(
+            memory_format=torch.channels_last
+        )
         for target, image, (height, width) in zip(batch, resized, sizes, strict=True):
             target[:, :height, :width] = image[0]
         with torch.autocast(self._device.type, self._dtype, enabled=self._dtype is not None):
             raw = self._model(batch, sizes)
         return [
-            RawDetections(r.boxes.cpu(), r.scores.cpu(), r.class_indices.cpu(), r.mask_probs.cpu()) for r in raw
+            RawDetections(r.boxes.cpu(), r.scores.cpu(), r.class_indices.cpu(), r.mask_probs.cpu())
+            for r in raw
         ], sizes
 
     def _resize(self, image: NDArray[np.uint8]) -> Tensor:
@@ -188,5 +193,3 @@ def resolve_precision(precision: str, device: str) -> Precision:
 
 def _pad(side: int) -> int:
     return -(-side // SIZE_DIVISOR) * SIZE_DIVISOR
-
-

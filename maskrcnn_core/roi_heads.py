@@ -39,7 +39,8 @@ class Instances:
 class RawDetections:
     """What the network says of one image, in pixels of its input, sorted by falling score.
 
-    boxes: (D, 4); scores: (D,); class_indices: (D,) int64 >= 1; mask_probs: (D, M, M) of the predicted class, on the box.
+    boxes: (D, 4); scores: (D,); class_indices: (D,) int64 >= 1; mask_probs: (D, M, M) of the predicted class,
+    on the box.
     """
 
     boxes: Tensor
@@ -147,8 +148,14 @@ class RoIHeads(nn.Module):
             size = candidates[..., 2:] - candidates[..., :2]
             keep = (candidate_scores > config.score_threshold) & (size >= MIN_DETECTION_PX).all(dim=-1)
             row, column = torch.where(keep)
-            kept_boxes, kept_scores, kept_classes = candidates[row, column], candidate_scores[row, column], column + 1
-            best = batched_nms(kept_boxes, kept_scores, kept_classes, config.nms_threshold)[: config.max_detections]
+            kept_boxes, kept_scores, kept_classes = (
+                candidates[row, column],
+                candidate_scores[row, column],
+                column + 1,
+            )
+            best = batched_nms(kept_boxes, kept_scores, kept_classes, config.nms_threshold)[
+                : config.max_detections
+            ]
             boxes.append(kept_boxes[best])
             scores.append(kept_scores[best])
             classes.append(kept_classes[best])
@@ -158,7 +165,7 @@ class RoIHeads(nn.Module):
     def _sample(
         self, proposals: list[Tensor], targets: list[Instances]
     ) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
-        """Per image: RoIs (r, 4), class_indices (r,), delta targets (r, 4), positive boxes, their gt index."""
+        """Per image: RoIs (r, 4), class_indices (r,), delta targets (r, 4), positives, their gt index."""
         config = self.config
         rois, classes, delta_targets, positives, gt_of_positive = [], [], [], [], []
         for image_proposals, target in zip(proposals, targets, strict=True):
@@ -230,4 +237,5 @@ def align_masks(masks: Tensor, gt_index: Tensor, boxes: Tensor, side: int) -> Te
         masks: (G, H, W) uint8; gt_index: (F,) which mask; boxes: (F, 4) where.
     """
     rois = torch.cat((gt_index[:, None].to(boxes), boxes), dim=1)
-    return roi_align(masks[:, None].to(boxes), rois, side, 1.0)[:, 0]
+    aligned: Tensor = roi_align(masks[:, None].to(boxes), rois, side, 1.0)
+    return aligned[:, 0]

@@ -50,22 +50,27 @@ class RegionProposalNetwork(nn.Module):
         """The same, and the two losses against the ground truth of each image, (G, 4) each."""
         logits, deltas, anchors = self._predict(features)
         with torch.no_grad():
-            proposals = self._select([x.detach() for x in logits], [x.detach() for x in deltas], anchors, image_sizes)
-        return proposals, self._losses(torch.cat(logits, 1), torch.cat(deltas, 1), torch.cat(anchors), gt_boxes)
+            proposals = self._select(
+                [x.detach() for x in logits], [x.detach() for x in deltas], anchors, image_sizes
+            )
+        return proposals, self._losses(
+            torch.cat(logits, 1), torch.cat(deltas, 1), torch.cat(anchors), gt_boxes
+        )
 
     def _predict(self, features: list[Tensor]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
         """Per level: logits (B, N_p), deltas (B, N_p, 4), anchors (N_p, 4), in float32."""
         raw_logits, raw_deltas = self.head(features)
         logits = [x.permute(0, 2, 3, 1).flatten(1).float() for x in raw_logits]
-        deltas = [
-            x.unflatten(1, (-1, 4)).permute(0, 3, 4, 1, 2).flatten(1, 3).float() for x in raw_deltas
-        ]
+        deltas = [x.unflatten(1, (-1, 4)).permute(0, 3, 4, 1, 2).flatten(1, 3).float() for x in raw_deltas]
         grid_sizes = [list(x.shape[-2:]) for x in features]
         device = features[0].device
         # As torchvision, whose weights were trained so: padded size // grid size, which at P6 is a
         # little under 64 where the padded size is no multiple of 64. P2 gives the padded size.
         padded = [side * STRIDES[0] for side in grid_sizes[0]]
-        strides = [[torch.tensor(p // g, device=device) for p, g in zip(padded, grid, strict=True)] for grid in grid_sizes]
+        strides = [
+            [torch.tensor(p // g, device=device) for p, g in zip(padded, grid, strict=True)]
+            for grid in grid_sizes
+        ]
         self.anchors.set_cell_anchors(torch.float32, device)
         return logits, deltas, self.anchors.grid_anchors(grid_sizes, strides)
 
@@ -81,7 +86,9 @@ class RegionProposalNetwork(nn.Module):
         pre_nms = config.rpn_pre_nms_train if self.training else config.rpn_pre_nms
         post_nms = config.rpn_post_nms_train if self.training else config.rpn_post_nms
         scores, boxes, levels = [], [], []
-        for level, (level_logits, level_deltas, level_anchors) in enumerate(zip(logits, deltas, anchors, strict=True)):
+        for level, (level_logits, level_deltas, level_anchors) in enumerate(
+            zip(logits, deltas, anchors, strict=True)
+        ):
             top = level_logits.topk(min(pre_nms, level_logits.shape[1]), dim=1)
             top_deltas = level_deltas.gather(1, top.indices[..., None].expand(-1, -1, 4))
             scores.append(torch.sigmoid(top.values))
@@ -114,10 +121,10 @@ class RegionProposalNetwork(nn.Module):
             sampled_logits.append(logits[image, torch.cat((positive, negative))])
             labels.append(torch.cat((logits.new_ones(len(positive)), logits.new_zeros(len(negative)))))
             positive_deltas.append(deltas[image, positive])
-            delta_targets.append(encode_deltas(boxes[matched[positive]], anchors[positive], RPN_DELTA_WEIGHTS))
+            delta_targets.append(
+                encode_deltas(boxes[matched[positive]], anchors[positive], RPN_DELTA_WEIGHTS)
+            )
         objectness, regression = rpn_loss(
             torch.cat(sampled_logits), torch.cat(labels), torch.cat(positive_deltas), torch.cat(delta_targets)
         )
         return {"loss_objectness": objectness, "loss_rpn_box_reg": regression}
-
-

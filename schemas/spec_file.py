@@ -113,6 +113,8 @@ def _parse_value(key: str, text: str) -> Any:
         return _load_yaml(text, f"--set {key}")
     loader = _SpecLoader("")
     tag = loader.resolve(yaml.ScalarNode, text, (True, False))  # type: ignore[no-untyped-call]  # nor here
+    if tag.rpartition(":")[2] not in ("null", "bool", "int", "float"):
+        return text  # *, = and << have tags of their own, 2026-01-31 is a date: no setting is one
     try:
         return loader.construct_object(yaml.ScalarNode(tag, text))
     except ValueError as error:

@@ -3,9 +3,9 @@
 Enters: a seed. Leaves: an image and its instances. A seed decides every pixel.
 Letters: S side of the square scene in pixels, N instances.
 
-A scene is a textured background with two to six textured shapes painted one over another. A mask is the set
-of pixels whose centre the shape covers and nothing later hides, so it is exact by construction; the image itself
-is antialiased.
+A scene is a textured background with textured shapes, at most six, painted one over another. A mask is the
+set of pixels whose centre the shape covers and nothing later hides, so it is exact by construction; the image
+itself is antialiased.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ MAX_OBJECTS = 6
 MIN_VISIBLE = 0.4  # a shape that would hide more of an earlier one than this leaves is not painted
 MIN_CONTRAST = 60.0  # least distance in RGB between a shape's colour and what it is painted on
 
-Floats = NDArray[np.float32]
+Floats = NDArray[np.floating]
 
 
 @dataclass(frozen=True)
@@ -76,8 +76,10 @@ def _background(rng: np.random.Generator, side: int) -> Floats:
     colours = rng.uniform(30, 225, (2, 3)).astype(np.float32)
     angle = rng.uniform(0, 2 * np.pi)
     at = np.linspace(-0.5, 0.5, side, dtype=np.float32)
-    ramp = np.clip(0.5 + np.float32(np.cos(angle)) * at[None, :] + np.float32(np.sin(angle)) * at[:, None], 0, 1)
-    canvas = colours[0] + (colours[1] - colours[0]) * ramp[..., None]
+    ramp = np.clip(
+        0.5 + np.float32(np.cos(angle)) * at[None, :] + np.float32(np.sin(angle)) * at[:, None], 0, 1
+    )
+    canvas: Floats = colours[0] + (colours[1] - colours[0]) * ramp[..., None]
     for cells, strength_max in ((4, 60), (12, 40), (48, 30)):
         canvas += _value_noise(rng, side, cells)[..., None] * np.float32(rng.uniform(0, strength_max))
     return canvas
@@ -144,7 +146,8 @@ def _texture(rng: np.random.Generator, height: int, width: int) -> Floats:
     wave = np.sin(cos * x + sin * y)
     if kind == 2:
         wave = wave * np.sin(cos * y - sin * x)
-    return (wave > 0).astype(np.float32)
+    stripes: Floats = (wave > 0).astype(np.float32)
+    return stripes
 
 
 def _ellipse(u: Floats, v: Floats) -> Floats:
@@ -152,12 +155,15 @@ def _ellipse(u: Floats, v: Floats) -> Floats:
 
 
 def _box(u: Floats, v: Floats) -> Floats:
-    return np.maximum(np.abs(u), np.abs(v)) - np.float32(0.8)
+    distance: Floats = np.maximum(np.abs(u), np.abs(v)) - np.float32(0.8)
+    return distance
 
 
 def _triangle(u: Floats, v: Floats) -> Floats:
     slope = np.float32(np.sqrt(3) / 2)
-    return np.maximum(-v - np.float32(0.5), np.float32(0.5) * v + slope * np.abs(u) - np.float32(0.5))
+    half = np.float32(0.5)
+    distance: Floats = np.maximum(-v - half, half * v + slope * np.abs(u) - half)
+    return distance
 
 
 def _star(u: Floats, v: Floats) -> Floats:
@@ -179,4 +185,6 @@ SCENE_SHAPES: tuple[tuple[str, Callable[[Floats, Floats], Floats]], ...] = (
     ("star", _star),
     ("ring", _ring),
 )
-SCENE_CATEGORIES: tuple[tuple[int, str], ...] = tuple((i + 1, name) for i, (name, _) in enumerate(SCENE_SHAPES))
+SCENE_CATEGORIES: tuple[tuple[int, str], ...] = tuple(
+    (i + 1, name) for i, (name, _) in enumerate(SCENE_SHAPES)
+)

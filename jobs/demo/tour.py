@@ -1,7 +1,8 @@
-"""`masklake demo`: render a small lake, label it with the bundled checkpoint, evaluate it, show where to look."""
+"""`masklake demo`: render a small lake, label it with the bundled checkpoint, score it, say where to look."""
 
 from __future__ import annotations
 
+import sys
 import time
 from pathlib import Path
 
@@ -19,10 +20,10 @@ from jobs.lake.storage import Storage
 from jobs.report.overlay import contact_sheet
 from schemas.specs import InferSpec, load_spec
 
-NUM_SCENES, NUM_SHARDS = 160, 4
+NUM_SHARDS = 4
 
 
-def run_demo(folder: Path, watcher: Watcher, num_scenes: int = NUM_SCENES) -> tuple[Summary, Evaluation]:
+def run_demo(folder: Path, watcher: Watcher, num_scenes: int) -> tuple[Summary, Evaluation]:
     """Everything a first-time user wants to see, below `folder`; a second run labels nothing again."""
     started = time.monotonic()
     console = Console(highlight=False)
@@ -46,22 +47,38 @@ def run_demo(folder: Path, watcher: Watcher, num_scenes: int = NUM_SCENES) -> tu
         f"the picture   {sheet}\n"
         f"the table     {folder}/lake/labels (Delta Lake, version {table.version})\n"
         f"the truth     {folder}/annotations.json\n"
-        f"read it       .venv/bin/python -c \"from deltalake import DeltaTable; import duckdb; "
-        f"files = DeltaTable('{folder}/lake/labels').file_uris(); "
-        f"print(duckdb.sql('select image_id, num_detections, max_score from read_parquet(\$files) limit 5'))\"",
+        f"read it       {_read_it(folder)}",
         soft_wrap=True,
+        markup=False,
     )
     return summary, evaluation
+
+
+def _read_it(folder: Path) -> str:
+    """A shell command that prints some rows of the table."""
+    query = "select image_id, num_detections, max_score from read_parquet({files}) limit 5"
+    return (
+        f"""{sys.executable} -c "import deltalake, duckdb; """
+        f"""files = deltalake.DeltaTable('{folder}/lake/labels').file_uris(); """
+        f"""print(duckdb.sql(f'{query}'))\""""
+    )
 
 
 def _figures(summary: Summary, evaluation: Evaluation, seconds: float) -> Table:
     table = Table(show_header=False, box=None)
     labelled = f"{summary.images} now ({summary.ok} ok, {summary.failed} failed), {evaluation.images} in all"
-    rate = f"{summary.images / summary.seconds:.1f} images/s with start-up" if summary.images else "nothing to do"
+    rate = (
+        f"{summary.images / summary.seconds:.1f} images/s with start-up"
+        if summary.images
+        else "nothing to do"
+    )
     for name, value in (
         ("images labelled", labelled),
         ("rate", rate),
-        ("mask AP", f"{evaluation.segm['AP']:.3f}   (AP50 {evaluation.segm['AP50']:.3f}, AP75 {evaluation.segm['AP75']:.3f})"),
+        (
+            "mask AP",
+            "{AP:.3f}   (AP50 {AP50:.3f}, AP75 {AP75:.3f})".format(**evaluation.segm),
+        ),
         ("box AP", f"{evaluation.bbox['AP']:.3f}"),
         ("seconds", f"{seconds:.0f}"),
     ):

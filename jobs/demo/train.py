@@ -1,4 +1,4 @@
-"""Makes the bundled checkpoint from scratch: `python -m jobs.demo.train --out jobs/demo/lite-scenes.safetensors`.
+"""Makes the bundled checkpoint from scratch: `python -m jobs.demo.train --out lite-scenes.safetensors`.
 
 What it takes and what comes out is measured in docs/demo-checkpoint.md.
 """
@@ -15,16 +15,16 @@ import torch
 from torchvision.ops import masks_to_boxes
 
 from jobs.demo.scenes import SCENE_CATEGORIES, Scene, render_scene
-from jobs.train.loop import Recipe, TrainingBatch, fit
+from jobs.train.loop import Recipe, TrainingBatch, fit, recalibrate_batch_norm
 from maskrcnn_core.checkpoint import dump_checkpoint
 from maskrcnn_core.config import MaskRCNNConfig, lite
-from maskrcnn_core.model import MaskRCNN, build_model
+from maskrcnn_core.model import build_model
 from maskrcnn_core.roi_heads import Instances
 
 CHECKPOINT_NAME = "lite-scenes"
 TRAIN_SEED = 10_000_000  # training scenes count up from here; the demo's from 0, so none is in both
+CALIBRATION_SEED, CALIBRATION_BATCHES = 50_000_000, 50
 LOG_EVERY = 25
-SAVE_EVERY = 250
 
 
 def training_batches(config: MaskRCNNConfig, batch_size: int, first_seed: int) -> Iterator[TrainingBatch]:
@@ -51,9 +51,12 @@ def to_batch(scenes: list[Scene], config: MaskRCNNConfig) -> TrainingBatch:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Train the demo's checkpoint from scratch on rendered scenes.")
+    parser = argparse.ArgumentParser(
+        description="Train the demo's checkpoint from scratch on rendered scenes."
+    )
     parser.add_argument("--out", type=Path, required=True, help="safetensors file to write")
-    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--steps", type=int, default=3200, help="length of the learning-rate schedule")
+    parser.add_argument("--stop-after", type=int, help="keep the model of this step; default: the last")
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0, help="of the initial weights and of the sampling")
@@ -62,34 +65,37 @@ def main() -> None:
     torch.manual_seed(arguments.seed)
     config = lite(SCENE_CATEGORIES)
     recipe = Recipe(steps=arguments.steps, warmup_steps=min(200, arguments.steps // 2))
+    last_step = arguments.stop_after or arguments.steps
     started = time.monotonic()
     sums: dict[str, float] = {}
 
-    def save(step: int, model: MaskRCNN) -> None:
-        provenance = {
-            "data": f"rendered scenes, seeds {TRAIN_SEED} to {TRAIN_SEED + step * arguments.batch_size - 1}",
-            "steps": step,
-            "batch_size": arguments.batch_size,
-            "seed": arguments.seed,
-            "torch": torch.__version__,
-        }
-        arguments.out.write_bytes(
-            dump_checkpoint(model, CHECKPOINT_NAME, dtype=torch.float16, provenance=provenance)
-        )
-
-    def on_step(step: int, losses: dict[str, float], model: MaskRCNN) -> None:
+    def on_step(step: int, losses: dict[str, float]) -> None:
         for name, value in losses.items():
             sums[name] = sums.get(name, 0.0) + value
         if step % LOG_EVERY == 0:
-            terms = " ".join(f"{name.removeprefix('loss_')} {value / LOG_EVERY:.3f}" for name, value in sums.items())
+            terms = " ".join(
+                f"{name.removeprefix('loss_')} {value / LOG_EVERY:.3f}" for name, value in sums.items()
+            )
             rate = step * arguments.batch_size / (time.monotonic() - started)
             print(f"step {step}/{recipe.steps} {terms} {rate:.1f} images/s", flush=True)
             sums.clear()
-        if step % SAVE_EVERY == 0 or step == recipe.steps:
-            save(step, model)
 
     batches = training_batches(config, arguments.batch_size, TRAIN_SEED)
-    fit(build_model(config, arguments.seed), batches, recipe, on_step)
+    model = fit(build_model(config, arguments.seed), batches, recipe, on_step, last_step)
+    recalibrate_batch_norm(
+        model, training_batches(config, arguments.batch_size, CALIBRATION_SEED), CALIBRATION_BATCHES
+    )
+    provenance = {
+        "data": f"rendered scenes, seeds from {TRAIN_SEED}, batch norm from {CALIBRATION_SEED}",
+        "steps": last_step,
+        "schedule_steps": arguments.steps,
+        "batch_size": arguments.batch_size,
+        "seed": arguments.seed,
+        "torch": torch.__version__,
+    }
+    arguments.out.write_bytes(
+        dump_checkpoint(model, CHECKPOINT_NAME, dtype=torch.float16, provenance=provenance)
+    )
     print(f"wrote {arguments.out} after {time.monotonic() - started:.0f} s")
 
 

@@ -1,6 +1,6 @@
 """`masklake evaluate`: COCO AP of the labels in a table against an instances JSON.
 
-Enters: a lake, a model_id, the JSON. Leaves: AP and AR for boxes and masks, and how many images were compared.
+Enters: a lake, a model_id, the JSON. Leaves: AP and AR for boxes and masks, and how many images they cover.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def run_evaluate(lake_uri: str, annotations_uri: str, model_id: str | None, stor
     Raises:
         UsageError: the JSON is not COCO's, no image of it is in the table, or the model must be named.
     """
-    truth = _read_coco(annotations_uri, storage)
+    truth = read_coco(annotations_uri, storage)
     table = LabelsTable.open(lake_uri, storage)
     chosen = table.choose_model(model_id)
     rows = table.to_current(chosen).select("image_id, status, width, height, detections").to_arrow_table()
@@ -55,13 +55,15 @@ def run_evaluate(lake_uri: str, annotations_uri: str, model_id: str | None, stor
         if coco_id is None:
             continue
         if coco_id in detections:
-            raise UsageError(f"two labelled images are called {_name(row['image_id'])!r}; evaluate one source at a time.")
+            raise UsageError(
+                f"two labelled images are called {_name(row['image_id'])!r}; evaluate one source at a time."
+            )
         num_failed += row["status"] != Status.OK
         detections[coco_id] = to_detections(row)
     if not detections:
         raise UsageError(
-            f"no image of {annotations_uri} is labelled by {chosen} in {lake_uri}; names must agree but for folder "
-            f"and suffix (the JSON has {next(iter(coco_ids), 'none')!r})."
+            f"no image of {annotations_uri} is labelled by {chosen} in {lake_uri}; names must agree but for "
+            f"folder and suffix (the JSON has {next(iter(coco_ids), 'none')!r})."
         )
     try:
         bbox, segm = (evaluate_coco(truth, detections, kind) for kind in ("bbox", "segm"))
@@ -91,16 +93,21 @@ def _rows(table: pa.Table) -> list[dict[str, Any]]:
     return rows
 
 
-def _read_coco(uri: str, storage: Storage) -> dict[str, Any]:
+def read_coco(uri: str, storage: Storage) -> dict[str, Any]:
+    """Load an instances JSON; UsageError where it is none."""
     location = storage.normalize(uri)
     storage.check_reachable(location, "annotations")
     try:
         truth = json.loads(storage.read_bytes(storage.stat(location)))
         names = [image["file_name"] for image in truth["images"]]
     except (ValueError, TypeError, KeyError) as error:
-        raise UsageError(f"{location} is not a COCO instances JSON (images, annotations, categories): {error}") from error
+        raise UsageError(
+            f"{location} is not a COCO instances JSON (images, annotations, categories): {error}"
+        ) from error
     if not names or "annotations" not in truth or "categories" not in truth:
-        raise UsageError(f"{location} is not a COCO instances JSON: it needs images, annotations and categories.")
+        raise UsageError(
+            f"{location} is not a COCO instances JSON: it needs images, annotations and categories."
+        )
     return dict(truth)
 
 

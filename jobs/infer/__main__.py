@@ -1,6 +1,9 @@
-"""`python -m jobs.infer job.yaml`: what `ray job submit` runs; the same as `masklake infer`."""
+"""`python -m jobs.infer job.yaml`: what `ray job submit` runs; the same as `masklake infer job.yaml`."""
 
-from jobs.cli import app
+import sys
+
+from jobs.cli import main
 
 if __name__ == "__main__":
-    app(prog_name="python -m jobs.infer", args=None)
+    sys.argv[1:1] = ["infer"]
+    main()

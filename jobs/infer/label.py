@@ -1,6 +1,6 @@
 """The label stage: an actor that holds a Mask R-CNN replica and turns a unit's bytes into label rows.
 
-Pixels live here and nowhere else: a window of images is decoded on threads while the network runs the one before.
+Pixels live here and nowhere else: a window of images is decoded on threads while the network has the last.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Replica:
 class Labeler:
     """bytes -> rows, for one unit at a time. Built once an actor; called once a unit."""
 
-    def __init__(self, checkpoint: bytes, replica: Replica, lineage: Lineage) -> None:
+    def __init__(self, checkpoint: bytes, replica: Replica, lineage: Lineage, node: str = "") -> None:
         import torch
 
         if replica.device == "cpu":
@@ -55,6 +55,7 @@ class Labeler:
             model, device=replica.device, precision=replica.precision, batch_size=replica.batch_size
         )
         self._lineage = lineage
+        self._node = node
         self._window = replica.batch_size
         self._decoders = ThreadPoolExecutor(replica.threads, thread_name_prefix="decode")
 
@@ -68,6 +69,7 @@ class Labeler:
             report.decode_s += sum(seconds for _, seconds in window)
             outcomes += self._detect([decoded for decoded, _ in window])
         rows = label_rows(images, outcomes, self._lineage, datetime.now(UTC))
+        report.node = self._node
         report.label_s = time.perf_counter() - started
         report.num_detections = sum(len(o.rles) for o in outcomes if isinstance(o, Detections))
         report.count_failures(rows["error_kind"].to_pylist())

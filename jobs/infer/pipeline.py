@@ -7,12 +7,16 @@ from __future__ import annotations
 
 import json
 import logging
+import warnings
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import cast
 
 import pyarrow as pa
 import ray
 import ray.data
+from ray.util.annotations import RayDeprecationWarning
 
 from cluster.profiles import PoolPlan
 from jobs.infer.label import Labeler, Replica
@@ -41,7 +45,8 @@ class _LabelActor:
     """Ray's handle on a Labeler: fetches the checkpoint's bytes from the object store once."""
 
     def __init__(self, checkpoint: ray.ObjectRef[bytes], replica: Replica, lineage: Lineage) -> None:
-        self._labeler = Labeler(ray.get(checkpoint), replica, lineage)
+        node = ray.get_runtime_context().get_node_id()
+        self._labeler = Labeler(ray.get(checkpoint), replica, lineage, node)
 
     def __call__(self, row: pa.Table) -> pa.Table:
         return self._labeler(row)
@@ -57,8 +62,21 @@ def run_pipeline(
     plan: PoolPlan,
 ) -> Iterator[FinishedUnit]:
     """Finished units as they come, in no order. Closing the iterator stops the pipeline."""
-    _quiet_ray_data()
-    dataset = (
+    with _quiet_ray_data():
+        dataset = _build(tasks, spec, storage, lineage, checkpoint, replica, plan)
+        yield from _finished(dataset)
+
+
+def _build(
+    tasks: Sequence[ShardTask],
+    spec: InferSpec,
+    storage: Storage,
+    lineage: Lineage,
+    checkpoint: bytes,
+    replica: Replica,
+    plan: PoolPlan,
+) -> ray.data.Dataset:
+    return (
         ray.data.from_arrow(task_table(tasks))
         .repartition(target_num_rows_per_block=1)  # a shard a task; from_items takes 12 times as long
         .map_batches(
@@ -79,8 +97,7 @@ def run_pipeline(
             ),
             num_cpus=plan.cpus_per_actor,
             num_gpus=plan.gpus_per_actor or None,
-            max_restarts=-1,
-            max_task_retries=2,  # Ray's default is to retry a native crash for ever
+            max_task_retries=2,  # Ray's default is to retry a unit that crashes its actor for ever
         )
         .map_batches(
             FragmentWriter(storage.normalize(spec.lake.uri), lineage.model_id, storage).__call__,
@@ -89,8 +106,11 @@ def run_pipeline(
             num_cpus=plan.write_cpus,
         )
     )
+
+
+def _finished(dataset: ray.data.Dataset) -> Iterator[FinishedUnit]:
     for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
-        for row in batch.to_pylist():
+        for row in cast(pa.Table, batch).to_pylist():
             fragment = row["fragment"]
             yield FinishedUnit(
                 UnitReport.from_json(row["report"]),
@@ -98,9 +118,15 @@ def run_pipeline(
             )
 
 
-def _quiet_ray_data() -> None:
+@contextmanager
+def _quiet_ray_data() -> Iterator[None]:
     """Our progress speaks, not Ray's."""
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.target_max_block_size = BLOCK_BYTES
-    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    # It warns that the bars are off, and of every stage that is slow.
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        # max_task_retries has no named parameter in Ray 2.60, and a deprecated one is all there is.
+        warnings.simplefilter("ignore", RayDeprecationWarning)
+        yield

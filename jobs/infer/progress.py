@@ -1,4 +1,4 @@
-"""What a person or a log sees while a job runs: a Rich line on a terminal, JSON lines otherwise. Both on stderr."""
+"""What is seen of a run while it lasts: a bar on a terminal, JSON lines otherwise. Both on stderr."""
 
 from __future__ import annotations
 
@@ -9,7 +9,14 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 from jobs.infer.summary import Summary
 

@@ -6,6 +6,7 @@ import pickle
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import pyarrow as pa
 
@@ -40,7 +41,8 @@ class UnitReader:
         self._max_bytes = max_bytes
         self._max_images = max_images
 
-    def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:
+    def __call__(self, batch: Any) -> Iterator[pa.Table]:
+        """Read what a table of TASK_SCHEMA asks for; Ray's types leave its format open."""
         for task in batch["task"]:
             yield from self.read_units(pickle.loads(task.as_py()))
 

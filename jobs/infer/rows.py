@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -48,7 +49,7 @@ def label_rows(
     num = len(images)
     found = [o if isinstance(o, Detections) else None for o in outcomes]
     failures = [o if isinstance(o, Failure) else None for o in outcomes]
-    columns = {
+    columns: dict[str, list[Any]] = {
         "image_id": [i.image_id for i in images],
         "source": [lineage.source] * num,
         "shard": [i.shard for i in images],
@@ -73,7 +74,7 @@ def content_hash(data: bytes) -> bytes:
     return hashlib.blake2b(data, digest_size=16).digest()
 
 
-def _detection_lists(found: Sequence[Detections | None]) -> pa.Array:
+def _detection_lists(found: Sequence[Detections | None]) -> pa.Array[Any]:
     """list<struct> built from whole arrays; an image that failed is null, one without detections is empty."""
     present = [d for d in found if d is not None]
     boxes = np.concatenate([np.zeros((0, 4), np.float32), *(d.boxes for d in present)])

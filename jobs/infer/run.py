@@ -21,6 +21,7 @@ from datetime import UTC, datetime
 from types import FrameType
 
 import yaml
+from ray.exceptions import RayError
 
 from cluster.profiles import PoolPlan, actor_profile
 from cluster.session import ClusterInfo, cluster_address, connect, shutdown
@@ -44,7 +45,7 @@ from maskrcnn_core.predictor import Precision, default_device, resolve_precision
 from schemas.errors import FailureBudgetExceeded, MasklakeError, UsageError
 from schemas.specs import InferSpec, PoolSpec
 
-# The budget is a share; below this many images a few bad ones say nothing yet, so it is judged at the end only.
+# Below this many images a few bad ones say nothing yet, and the budget is judged at the end only.
 MIN_IMAGES_FOR_BUDGET = 1000
 LEASE_TTL_S = 120.0
 
@@ -71,7 +72,7 @@ class Job:
         return Lineage(self.source_uri, self.model_id, self.run_id)
 
 
-class Interrupted(MasklakeError):
+class InterruptedRunError(MasklakeError):
     """The run was asked to stop; what was finished is committed."""
 
 
@@ -83,8 +84,8 @@ def run_infer(spec: InferSpec, watcher: Watcher) -> Summary:
 
     Raises:
         UsageError: the source, the model, the lake or the spec cannot work. Nothing was written.
-        MasklakeError: the run failed or was stopped; its class says how. What was committed stays, the summary is
-            in <lake>/runs/<run_id>/, and running the same again goes on from there.
+        MasklakeError: the run failed or was stopped; its class says how. What was committed stays, the
+            summary is in <lake>/runs/<run_id>/, and running the same again goes on from there.
     """
     started = time.monotonic()
     job = prepare(spec)
@@ -101,7 +102,9 @@ def run_infer(spec: InferSpec, watcher: Watcher) -> Summary:
 
     job.storage.probe_conditional_put(job.lake_uri)
     holder = f"{job.run_id} on {socket.gethostname()}"
-    with Lease.acquire(job.storage, job.lake_uri, app_id(job.source_uri, job.model_id), holder, LEASE_TTL_S) as lease:
+    with Lease.acquire(
+        job.storage, job.lake_uri, app_id(job.source_uri, job.model_id), holder, LEASE_TTL_S
+    ) as lease:
         table = LabelsTable.open_or_create(job.lake_uri, job.storage)
         committer = Committer(
             DeltaStore(table),
@@ -119,7 +122,9 @@ def run_infer(spec: InferSpec, watcher: Watcher) -> Summary:
                 run.work(tasks)
             summary.status = "done"
         except BaseException as error:
-            summary.status = "interrupted" if isinstance(error, (Interrupted, KeyboardInterrupt)) else "failed"
+            summary.status = (
+                "interrupted" if isinstance(error, (InterruptedRunError, KeyboardInterrupt)) else "failed"
+            )
             summary.error = str(error) or type(error).__name__
             raise
         finally:
@@ -139,7 +144,9 @@ def prepare(spec: InferSpec) -> Job:
     source_uri, lake_uri = storage.normalize(spec.source.uri), storage.normalize(spec.lake.uri)
     for uri, what in ((source_uri, "source.uri"), (lake_uri, "lake.uri")):
         if uri.startswith("memory://"):
-            raise UsageError(f"{what} is {uri}: workers cannot see this process's memory; use a folder, s3:// or gs://.")
+            raise UsageError(
+                f"{what} is {uri}: workers cannot see this process's memory; use a folder, s3:// or gs://."
+            )
     checkpoint, where = read_checkpoint_bytes(spec.model.uri, storage)
     device = _actor_device(spec.pool)
     overrides = spec.model.model_dump(exclude={"uri"})
@@ -172,7 +179,7 @@ def prepare(spec: InferSpec) -> Job:
 
 
 def _actor_device(pool: PoolSpec) -> str:
-    """Where the actors will run, known without starting a local Ray: model_id depends on it through the precision."""
+    """Where the actors will run. It decides the precision and so model_id, before a local Ray is started."""
     if pool.gpus_per_actor != "auto":
         return "cuda" if pool.gpus_per_actor > 0 else "cpu"
     if cluster_address() is None:
@@ -220,6 +227,8 @@ class _Run:
         cluster = connect()
         try:
             self._work_on(cluster, tasks)
+        except RayError as error:
+            raise _in_our_words(error) from error
         finally:
             shutdown()
 
@@ -247,8 +256,9 @@ class _Run:
                 self.watcher.update(self.summary)
         except KeyboardInterrupt:
             self._commit()
-            raise Interrupted(
-                f"stopped after {self.summary.committed_images} images were committed; run the same command again to go on."
+            raise InterruptedRunError(
+                f"stopped after {self.summary.committed_images} images were committed; run the same command "
+                "again to go on."
             ) from None
         self._commit()
         self.watcher.update(self.summary)
@@ -256,8 +266,8 @@ class _Run:
         if self.summary.unread_shards:
             name, why = next(iter(self.summary.unread_shards.items()))
             raise ShardReadError(
-                f"{len(self.summary.unread_shards)} of {len(tasks)} shards could not be read to their end, first {name}: "
-                f"{why} The rest is committed; run the same command again for what is missing."
+                f"{len(self.summary.unread_shards)} of {len(tasks)} shards could not be read to their end, "
+                f"first {name}: {why} The rest is committed; run the same command again for what is missing."
             )
 
     def write_record(self, name: str, text: str) -> None:
@@ -295,11 +305,12 @@ class _Run:
                 "another run took the lease over while this one was paused; nothing more is committed here."
             )
         version = self.committer.commit()
-        if version is None:
-            return
-        self.summary.commits += 1
-        self.summary.committed_version = version
-        self.summary.committed_images = self.committer.num_committed_ok + self.committer.num_committed_failed
+        if version is not None:
+            self.summary.commits += 1
+            self.summary.committed_version = version
+            self.summary.committed_images = (
+                self.committer.num_committed_ok + self.committer.num_committed_failed
+            )
         complete = {
             (name, shard.version): shard.num_images
             for name, shard in self.shards.items()
@@ -320,16 +331,34 @@ class _Run:
         if summary.images >= min_images and summary.failed > budget * summary.images:
             kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(summary.failed_by_kind.items()))
             raise FailureBudgetExceeded(
-                f"{summary.failed} of {summary.images} images failed ({kinds}), over failures.budget {budget:.2%}; all are "
-                f"committed as failed rows with their reasons. Look at them, or raise the budget."
+                f"{summary.failed} of {summary.images} images failed ({kinds}), over failures.budget "
+                f"{budget:.2%}; all are committed as failed rows with their reasons. Look at them, or raise the "
+                "budget."
             )
+
+
+def _in_our_words(error: RayError) -> Exception:
+    """What a worker failed with: the MasklakeError that stands somewhere behind Ray's, else Ray's own."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, MasklakeError):
+            return type(cause)(
+                f"a worker failed: {_last_line(cause)}; what is committed stays, run it again."
+            )
+        cause = getattr(cause, "cause", None) or cause.__cause__
+    return error
+
+
+def _last_line(error: MasklakeError) -> str:
+    """Ray puts the traceback before the message of an error that crossed processes."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[-1]
 
 
 def _shard_bytes(task: ShardTask) -> int:
     """What a task has to read at most; objects whose size a list does not say count as nothing."""
     if task.shard.info is not None:
         return max(0, task.shard.info.size)
-    return sum(max(0, info.size) for _, info in task.shard.objects)
+    return sum(max(0, info.size) for _, info in task.shard.objects if info is not None)
 
 
 @contextmanager

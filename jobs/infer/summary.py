@@ -16,7 +16,7 @@ _VERSIONED = ("masklake", "ray", "torch", "torchvision", "pyarrow", "deltalake")
 
 @dataclass
 class Summary:
-    """Counts are of this run; `skipped` is what was labelled before. Stage seconds are summed over the workers."""
+    """Counts are of this run; seconds of a stage are summed over its workers."""
 
     run_id: str
     model_id: str
@@ -27,6 +27,7 @@ class Summary:
     ok: int = 0
     failed: int = 0
     failed_by_kind: dict[str, int] = field(default_factory=dict)
+    images_by_node: dict[str, int] = field(default_factory=dict)
     detections: int = 0
     encoded_bytes: int = 0
     shards: int = 0
@@ -47,6 +48,8 @@ class Summary:
         self.failed += report.num_failed
         self.ok = self.images - self.failed
         self.failed_by_kind = dict(Counter(self.failed_by_kind) + Counter(report.failed))
+        if report.num_images:
+            self.images_by_node[report.node] = self.images_by_node.get(report.node, 0) + report.num_images
         self.detections += report.num_detections
         self.encoded_bytes += report.encoded_bytes
         for stage in ("read", "decode", "label", "write"):

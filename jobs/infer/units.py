@@ -1,6 +1,8 @@
 """What travels between the stages of the label job: one Arrow row a work unit.
 
-    read -> {unit_id, report, images} -> label -> {unit_id, report, rows} -> write -> {unit_id, report, fragment}
+    read  -> {unit_id, report, images}
+    label -> {unit_id, report, rows}
+    write -> {unit_id, report, fragment}
 
 Ray Data may split or merge blocks but never a row, so a unit arrives whole or not at all.
 """
@@ -11,6 +13,7 @@ import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from typing import Any, cast
 
 import pyarrow as pa
 
@@ -20,26 +23,33 @@ from schemas.labels import ErrorKind
 
 _IMAGE_TYPE = pa.struct(
     [
-        ("image_id", pa.string()),
-        ("data", pa.large_binary()),  # encoded bytes; null where reading failed
-        ("error_kind", pa.string()),
-        ("error", pa.string()),
+        pa.field("image_id", pa.string()),
+        pa.field("data", pa.large_binary()),  # encoded bytes; null where reading failed
+        pa.field("error_kind", pa.string()),
+        pa.field("error", pa.string()),
     ]
 )
-READ_SCHEMA = pa.schema([("unit_id", pa.string()), ("report", pa.string()), ("images", pa.list_(_IMAGE_TYPE))])
-LABELLED_SCHEMA = pa.schema([("unit_id", pa.string()), ("report", pa.string()), ("rows", pa.large_binary())])
-WRITTEN_SCHEMA = pa.schema([("unit_id", pa.string()), ("report", pa.string()), ("fragment", pa.string())])
+
+
+def _stage_schema(last: pa.Field[Any]) -> pa.Schema:
+    return pa.schema([pa.field("unit_id", pa.string()), pa.field("report", pa.string()), last])
+
+
+READ_SCHEMA = _stage_schema(pa.field("images", pa.list_(_IMAGE_TYPE)))
+LABELLED_SCHEMA = _stage_schema(pa.field("rows", pa.large_binary()))
+WRITTEN_SCHEMA = _stage_schema(pa.field("fragment", pa.string()))
 
 
 @dataclass
 class UnitReport:
     """What the stages say of a unit; each adds its own figures. Times are wall-clock seconds.
 
-    A shard ends with a unit of no images, which says how many images the shard has in all, or why the rest of it
-    could not be read.
+    A shard ends with a unit of no images, which says how many images the shard has in all, or why the rest of
+    it could not be read.
     """
 
     shard: str
+    node: str = ""  # where it was labelled
     num_images: int = 0
     encoded_bytes: int = 0
     num_detections: int = 0
@@ -87,7 +97,7 @@ def read_row(unit_id: str, report: UnitReport, images: Sequence[SourceImage]) ->
 def images_of(row: pa.Table) -> Iterator[SourceImage]:
     """The images of a table of one row, in order."""
     shard = UnitReport.from_json(row["report"][0].as_py()).shard
-    for image in row["images"].combine_chunks().values:
+    for image in cast("pa.ListArray[Any]", row["images"].combine_chunks()).flatten():
         kind = image["error_kind"].as_py()
         yield SourceImage(
             image_id=image["image_id"].as_py(),

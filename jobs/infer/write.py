@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from typing import Any
 
 import pyarrow as pa
 
@@ -20,8 +21,8 @@ class FragmentWriter:
         self._model_id = model_id
         self._storage = storage
 
-    def __call__(self, row: pa.Table) -> pa.Table:
-        """Write the fragment of a table of one row."""
+    def __call__(self, row: Any) -> pa.Table:
+        """Write the fragment of a table of one row; Ray's types leave its format open."""
         unit_id = row["unit_id"][0].as_py()
         report = UnitReport.from_json(row["report"][0].as_py())
         started = time.perf_counter()
@@ -32,5 +33,6 @@ class FragmentWriter:
             fragment = json.dumps(written.to_row())
         report.write_s = time.perf_counter() - started
         return pa.table(
-            {"unit_id": [unit_id], "report": [report.to_json()], "fragment": [fragment]}, schema=WRITTEN_SCHEMA
+            {"unit_id": [unit_id], "report": [report.to_json()], "fragment": [fragment]},
+            schema=WRITTEN_SCHEMA,
         )

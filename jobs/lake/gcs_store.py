@@ -6,11 +6,11 @@ gcsfs tries again by itself; ours come on top. STORAGE_EMULATOR_HOST points it a
 import re
 from base64 import b64decode
 from collections.abc import Iterator
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 from aiohttp import ClientError as AiohttpError
-from gcsfs import GCSFileSystem
+from gcsfs.core import GCSFileSystem  # the package's own export asks each bucket for its kind over gRPC first
 from gcsfs.retry import HttpError
 from google.auth.exceptions import GoogleAuthError, TransportError
 from requests.exceptions import RequestException
@@ -33,8 +33,13 @@ class GcsStore:
     """Buckets of Google Cloud Storage."""
 
     def __init__(self, anonymous: bool) -> None:
-        self.filesystem = GCSFileSystem(
-            token="anon" if anonymous else "google_default",
+        self._anonymous = anonymous
+
+    @cached_property
+    def filesystem(self) -> Any:
+        """Made when first used: making it already looks for credentials, and fails where there are none."""
+        return GCSFileSystem(
+            token="anon" if self._anonymous else "google_default",
             use_listings_cache=False,
             skip_instance_cache=True,  # its key leaves out the environment, where the credentials are
         )

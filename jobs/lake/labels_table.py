@@ -63,7 +63,11 @@ class LabelsTable:
     def exists(cls, lake_uri: str, storage: Storage) -> bool:
         """Whether a lake has a label table, of whatever version."""
         uri = labels_uri(storage.normalize(lake_uri))
-        return DeltaTable.is_deltatable(_delta_uri(uri), storage.delta_options(uri))
+        location, options = _delta_uri(uri), storage.delta_options(uri)
+        try:
+            return DeltaTable.is_deltatable(location, options)
+        except Exception as error:  # deltalake raises OSError, DeltaError or bare Exception as it comes
+            raise StorageError(f"cannot look for a label table at {uri}: {first_line(error)}") from error
 
     @classmethod
     def open_or_create(cls, lake_uri: str, storage: Storage) -> "LabelsTable":

@@ -27,7 +27,9 @@ def read_checkpoint_bytes(model_uri: str, storage: Storage) -> tuple[bytes, str]
         bundled = resources.files("jobs.demo").joinpath(DEMO_CHECKPOINT)
         return bundled.read_bytes(), "the bundled checkpoint"
     if model_uri.startswith("alias:"):
-        raise UsageError(f"model.uri {model_uri}: this version has no model registry; give the checkpoint's path or URI.")
+        raise UsageError(
+            f"model.uri {model_uri}: this version has no model registry; give the checkpoint's path or URI."
+        )
     uri = storage.normalize(model_uri)
     storage.check_reachable(uri, "model.uri")
     try:

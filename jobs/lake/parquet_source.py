@@ -1,7 +1,8 @@
 """Images of a Parquet shard: a binary column, or the struct<bytes, path> that Hugging Face datasets use.
 
 image_id is the id column's value, or "<shard name>/<row:09d>". Row groups whose images are all to be skipped
-are not read.
+are not read. Memory: a batch, and twice one page of the image column, as large as its writer made it (pyarrow
+puts 1024 rows into one unless told otherwise).
 """
 
 from collections.abc import Iterator

@@ -56,7 +56,9 @@ class ObjectInfo:
 class Store(Protocol):
     """One kind of storage. Paths lead with the bucket, if there are buckets."""
 
-    filesystem: Any  # fsspec's, which is not typed
+    @property
+    def filesystem(self) -> Any:
+        """fsspec's, which is not typed."""
 
     def stat(self, path: str) -> ObjectInfo: ...
 

@@ -24,6 +24,7 @@ BLOCK_BYTES = 512
 # A path is at most 4096 bytes on Linux; a pax header may carry comments and ACLs too, far below this.
 MAX_EXTENSION_BYTES = 1 << 20
 _SKIP_CHUNK_BYTES = 1 << 20
+_MAX_SIZE_BYTES = 1 << 60  # no storage holds more, and no offset beyond overflows
 _ZERO_BLOCK = bytes(BLOCK_BYTES)
 
 _REGULAR_TYPES = frozenset(b"0\x007")
@@ -85,22 +86,16 @@ class TarReader:
             offset_bytes = self._offset_bytes
             block = self._take(BLOCK_BYTES, "in place of a header or the end marker")
             if block == _ZERO_BLOCK:
+                if extension.awaits_member:
+                    raise TarError(ErrorKind.CORRUPT, offset_bytes, "no member follows an extended header")
                 self._check_end()
                 return
             header = _parse_header(block, offset_bytes)
             if header.kind in _EXTENSION_READERS:
-                if header.size_bytes > MAX_EXTENSION_BYTES:
-                    raise TarError(
-                        ErrorKind.CORRUPT,
-                        offset_bytes,
-                        f"an extended header claims {header.size_bytes} bytes, "
-                        f"at most {MAX_EXTENSION_BYTES} are read",
-                    )
-                payload = self._take(_padded(header.size_bytes), "inside an extended header")
-                _EXTENSION_READERS[header.kind](extension, payload[: header.size_bytes], offset_bytes)
-                continue
-            yield self._enter(header, extension, offset_bytes)
-            extension = _Extension(global_name=extension.global_name)
+                self._extend(extension, header, offset_bytes)
+            else:
+                yield self._enter(header, extension, offset_bytes)
+                extension = _Extension(global_name=extension.global_name)
 
     def read_data(self) -> bytes:
         """The data of the member that the iteration gave last; once only.
@@ -110,6 +105,18 @@ class TarReader:
         data = self._take(self._unread_bytes, "inside a member's data")
         self._unread_bytes = 0
         return data
+
+    def _extend(self, extension: "_Extension", header: "_Header", offset_bytes: int) -> None:
+        if header.size_bytes > MAX_EXTENSION_BYTES:
+            raise TarError(
+                ErrorKind.CORRUPT,
+                offset_bytes,
+                f"an extended header claims {header.size_bytes} bytes, "
+                f"at most {MAX_EXTENSION_BYTES} are read",
+            )
+        payload = self._take(_padded(header.size_bytes), "inside an extended header")[: header.size_bytes]
+        _EXTENSION_READERS[header.kind](extension, payload, offset_bytes)
+        extension.awaits_member = header.kind != ord("g")
 
     def _enter(self, header: "_Header", extension: "_Extension", offset_bytes: int) -> TarMember:
         name = extension.name or extension.global_name or header.name
@@ -206,6 +213,7 @@ class _Extension:
     size_bytes: int | None = None
     sparse: bool = False
     global_name: str = ""
+    awaits_member: bool = False
 
     def read_long_name(self, payload: bytes, offset_bytes: int) -> None:
         self.name = _decode(payload.split(b"\0", 1)[0])
@@ -218,7 +226,7 @@ class _Extension:
             if key == b"path" and not self.sparse:
                 self.name = _decode(value)
             elif key == b"size" and value:
-                if not re.fullmatch(rb"[0-9]{1,19}", value):
+                if not re.fullmatch(rb"[0-9]{1,18}", value):
                     raise TarError(ErrorKind.CORRUPT, offset_bytes, f"a pax header gives size {value[:40]!r}")
                 self.size_bytes = int(value)
             elif key.startswith(b"GNU.sparse."):
@@ -265,9 +273,10 @@ def _checksum_holds(block: bytes) -> bool:
 
 
 def _number(field: bytes) -> int | None:
-    """A size: octal digits, or GNU's base-256 with the top bit set. None where it is neither, or negative."""
+    """A size: octal digits, or GNU's base-256 with the top bit set. None where it is neither, or absurd."""
     if field[0] == 0x80:
-        return int.from_bytes(field[1:], "big")
+        number = int.from_bytes(field[1:], "big")
+        return number if number <= _MAX_SIZE_BYTES else None
     return _octal(field)
 
 

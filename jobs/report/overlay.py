@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from duckdb import ColumnExpression, ConstantExpression
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
@@ -26,7 +27,15 @@ TILE_PX = 320
 COLUMNS = 4
 MASK_OPACITY = 0.5
 # Okabe and Ito's colours for the colour-blind, without black and grey.
-PALETTE = ((230, 159, 0), (86, 180, 233), (0, 158, 115), (240, 228, 66), (0, 114, 178), (213, 94, 0), (204, 121, 167))
+PALETTE = (
+    (230, 159, 0),
+    (86, 180, 233),
+    (0, 158, 115),
+    (240, 228, 66),
+    (0, 114, 178),
+    (213, 94, 0),
+    (204, 121, 167),
+)
 
 
 def contact_sheet(
@@ -50,19 +59,22 @@ def contact_sheet(
     """
     rows = table.to_current(model_id).filter(f"status = '{Status.OK}'")
     ids = [row[0] for row in rows.select("image_id").order("image_id").limit(num_images).fetchall()]
-    wanted = {
-        row["image_id"]: row
-        for row in rows.select("image_id, height, width, detections").to_arrow_table().to_pylist()
-        if row["image_id"] in set(ids)
-    }
-    tiles = [draw_detections(pixels, wanted[i]["detections"], names, min_score) for i, pixels in _pixels(source, storage, set(wanted))]
+    chosen = rows.filter(ColumnExpression("image_id").isin(*map(ConstantExpression, ids)))
+    labels = {row["image_id"]: row["detections"] for row in chosen.to_arrow_table().to_pylist()}
+    tiles = [
+        draw_detections(pixels, labels[image_id], names, min_score)
+        for image_id, pixels in _pixels(source, storage, set(labels))
+    ]
     if not tiles:
         raise UsageError(f"no image of {source.uri} is labelled by {model_id} in {table.uri}.")
     return _sheet(tiles)
 
 
 def draw_detections(
-    image: NDArray[np.uint8], detections: Sequence[Mapping[str, Any]], names: Mapping[int, str], min_score: float
+    image: NDArray[np.uint8],
+    detections: Sequence[Mapping[str, Any]],
+    names: Mapping[int, str],
+    min_score: float,
 ) -> Image.Image:
     """The image with masks tinted, boxes outlined, name and score beside each; the best score on top."""
     height, width = image.shape[:2]
@@ -90,7 +102,9 @@ def _colour(detection: Mapping[str, Any]) -> tuple[int, int, int]:
     return PALETTE[detection["category_id"] % len(PALETTE)]
 
 
-def _pixels(source: SourceSpec, storage: Storage, wanted: set[str]) -> Iterator[tuple[str, NDArray[np.uint8]]]:
+def _pixels(
+    source: SourceSpec, storage: Storage, wanted: set[str]
+) -> Iterator[tuple[str, NDArray[np.uint8]]]:
     """Decoded images of the source by image_id, until all that are wanted were found."""
     left = set(wanted)
     for shard in list_shards(source, storage):
@@ -110,7 +124,10 @@ def _sheet(tiles: Sequence[Image.Image]) -> bytes:
     sheet = Image.new("RGB", (min(COLUMNS, len(tiles)) * TILE_PX, rows * TILE_PX), (32, 32, 32))
     for index, tile in enumerate(tiles):
         column, row = index % COLUMNS, index // COLUMNS
-        sheet.paste(tile, (column * TILE_PX + (TILE_PX - tile.width) // 2, row * TILE_PX + (TILE_PX - tile.height) // 2))
+        sheet.paste(
+            tile,
+            (column * TILE_PX + (TILE_PX - tile.width) // 2, row * TILE_PX + (TILE_PX - tile.height) // 2),
+        )
     data = io.BytesIO()
     sheet.save(data, "PNG")
     return data.getvalue()

@@ -40,7 +40,9 @@ class Recipe:
 
     def __post_init__(self) -> None:
         if self.steps < 1 or not 0 <= self.warmup_steps < self.steps:
-            raise ValueError(f"Recipe: steps {self.steps}, warmup_steps {self.warmup_steps}; wanted 0 <= warmup < steps.")
+            raise ValueError(
+                f"Recipe: steps {self.steps}, warmup_steps {self.warmup_steps}; wanted 0 <= warmup < steps."
+            )
 
     def rate_at(self, step: int) -> float:
         """Learning rate of the step, counted from 0."""
@@ -54,16 +56,18 @@ def fit(
     model: MaskRCNN,
     batches: Iterator[TrainingBatch],
     recipe: Recipe,
-    on_step: Callable[[int, dict[str, float], MaskRCNN], None],
+    on_step: Callable[[int, dict[str, float]], None],
+    last_step: int | None = None,
 ) -> MaskRCNN:
     """Train `model` in place.
 
     Args:
         batches: at least `recipe.steps` of them.
-        on_step: called after each step with its number from 1, the loss terms and the averaged model.
+        on_step: called after each step with its number from 1 and the loss terms.
+        last_step: stop here, before the schedule's end.
 
     Returns:
-        the averaged model (weights and batch-norm statistics), which is the one to keep.
+        the averaged model, in eval mode. Its batch-norm statistics want `recalibrate_batch_norm`.
 
     Raises:
         FloatingPointError: the loss is not finite; the model is then of no use.
@@ -73,7 +77,7 @@ def fit(
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, recipe.learning_rate, weight_decay=recipe.weight_decay)
     averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(recipe.ema_decay), use_buffers=True)
-    for step in range(recipe.steps):
+    for step in range(last_step or recipe.steps):
         batch = next(batches)
         for group in optimizer.param_groups:
             group["lr"] = recipe.rate_at(step)
@@ -83,12 +87,35 @@ def fit(
             )
             total = torch.stack(list(losses.values())).sum()
         if not torch.isfinite(total):
-            raise FloatingPointError(f"the loss is {float(total)} at step {step + 1}; lower the learning rate.")
+            raise FloatingPointError(
+                f"the loss is {float(total)} at step {step + 1}; lower the learning rate."
+            )
         optimizer.zero_grad()
         total.backward()
         torch.nn.utils.clip_grad_norm_(parameters, recipe.clip_norm)
         optimizer.step()
         averaged.update_parameters(model)
-        on_step(step + 1, {name: float(term.detach()) for name, term in losses.items()}, averaged.module)
-    result: MaskRCNN = averaged.module
+        on_step(step + 1, {name: float(term.detach()) for name, term in losses.items()})
+    result = averaged.module
+    assert isinstance(result, MaskRCNN)
     return result.eval()
+
+
+@torch.no_grad()
+def recalibrate_batch_norm(model: MaskRCNN, batches: Iterator[TrainingBatch], num_batches: int) -> None:
+    """Measure the backbone's batch-norm statistics anew, as the mean over some batches; leaves eval mode on.
+
+    An average of weights has other activations than any model it averages, and the averaged statistics lag
+    behind them. A model without batch norm is left as it is.
+
+    Source: Izmailov et al., "Averaging Weights Leads to Wider Optima", section 3.2, arXiv:1803.05407.
+    """
+    norms = [module for module in model.backbone.modules() if isinstance(module, torch.nn.BatchNorm2d)]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # a plain mean over the batches
+        norm.train()
+    if norms:
+        for _ in range(num_batches):
+            model.backbone(next(batches).images)
+    model.eval()

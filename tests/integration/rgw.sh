@@ -13,7 +13,8 @@ mkdir -p "$folder"/{mon,osd,run,log}
 fsid=$(cat /proc/sys/kernel/random/uuid)
 export CEPH_CONF=$folder/ceph.conf
 
-# One of everything and no replicas; no cephx, since nothing but the loopback can reach it.
+# One of everything and no replicas; no cephx, since nothing but the loopback can reach it. The OSD is
+# placed by us: its own commands at start may be refused, see persist, and then it gives up.
 cat >"$CEPH_CONF" <<CONF
 [global]
 fsid = $fsid
@@ -34,6 +35,8 @@ osd pool default pg num = 4
 osd pool default pgp num = 4
 osd pool default pg autoscale mode = off
 osd crush chooseleaf type = 0
+osd class update on start = false
+osd crush update on start = false
 mon allow pool size one = true
 mon warn on pool no redundancy = false
 [mon.a]
@@ -48,17 +51,19 @@ rgw thread pool size = 64
 CONF
 
 children=()
-stop() {
+stop() { # nothing here is worth saving: a second to end by themselves, and no goodbyes after that
     trap - EXIT
-    for ((i = ${#children[@]} - 1; i >= 0; i--)); do
-        kill "${children[i]}" 2>/dev/null || true
-        # A gateway takes 5 s to say goodbye to its cluster; nothing here is worth waiting for.
-        (sleep 2 && kill -9 "${children[i]}" 2>/dev/null) &
+    kill "${children[@]}" || true
+    for ((i = 0; i < 10; i++)); do
+        sleep 0.1
+        kill -0 "${children[@]}" || break
     done
+    kill -9 "${children[@]}" || true
     wait
-}
+} 2>/dev/null
 trap stop EXIT
 trap 'exit 1' INT TERM
+trap 'echo "rgw.sh: line $LINENO failed: $BASH_COMMAND" >&2' ERR
 
 daemon() { # daemon NAME COMMAND…: in the foreground of a job of ours, so that its pid is ours to stop
     local name=$1
@@ -69,17 +74,28 @@ daemon() { # daemon NAME COMMAND…: in the foreground of a job of ours, so that
 
 alive() { # a daemon that died at its start leaves its reason in its log
     for pid in "${children[@]}"; do
-        kill -0 "$pid" 2>/dev/null || { tail -n 5 "$folder"/log/*.out >&2; exit 1; }
+        kill -0 "$pid" 2>/dev/null || { tail -v -n 5 "$folder"/log/*.out >&2; exit 1; }
     done
+}
+
+persist() { # persist COMMAND…: one that comes before its client has learnt the cluster's fsid gets EPERM
+    local i
+    for ((i = 0; i < 20; i++)); do
+        "$@" >>"$folder/log/admin.out" 2>&1 && return
+        alive
+        sleep 0.5
+    done
+    tail -v -n 5 "$folder/log/admin.out" >&2
+    exit 1
 }
 
 monmaptool --create --addv a "[v1:127.0.0.1:$mon_port]" --fsid "$fsid" "$folder/monmap" >/dev/null
 ceph-mon --mkfs -i a --monmap "$folder/monmap"
 daemon mon ceph-mon -i a
-ceph --connect-timeout 30 osd new "$(cat /proc/sys/kernel/random/uuid)" >"$folder/osd-id"
-ceph-osd -i 0 --mkfs --osd-uuid "$(ceph osd dump --format json | sed -E 's/.*"osd":0,"uuid":"([^"]+)".*/\1/')" \
-    >"$folder/log/mkfs.out" 2>&1
-ceph osd crush add 0 1.0 host=here root=default 2>/dev/null
+osd_uuid=$(cat /proc/sys/kernel/random/uuid)
+persist ceph --connect-timeout 30 osd new "$osd_uuid"
+ceph-osd -i 0 --mkfs --osd-uuid "$osd_uuid" >"$folder/log/mkfs.out" 2>&1
+persist ceph osd crush add 0 1.0 host=here root=default
 daemon osd ceph-osd -i 0
 daemon rgw radosgw -n client.rgw.a
 for ((i = 0; i < 480; i++)); do
@@ -87,7 +103,7 @@ for ((i = 0; i < 480; i++)); do
     if (: >"/dev/tcp/127.0.0.1/$port") 2>/dev/null; then break; fi
     sleep 0.25
 done
-radosgw-admin user create --uid=test --display-name=test \
-    --access-key="$access_key" --secret-key="$secret_key" >/dev/null 2>"$folder/log/user.out"
+persist radosgw-admin user create --uid=test --display-name=test \
+    --access-key="$access_key" --secret-key="$secret_key"
 echo ready
 cat >/dev/null

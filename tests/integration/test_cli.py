@@ -1,4 +1,4 @@
-"""The command line as a user meets it: one clear line for a mistake, the right exit status, and nothing written."""
+"""The command line as a user meets it: one clear line for a mistake, the right status, nothing written."""
 
 import json
 import subprocess
@@ -38,7 +38,10 @@ def images(tmp_path: Path) -> Path:
 
 def test_a_misspelt_key_is_refused_with_the_right_name(images: Path, tmp_path: Path) -> None:
     spec = tmp_path / "job.yaml"
-    spec.write_text(f"source: {{uri: {images}}}\nmodel: {{uri: demo}}\nlake: {{uri: {tmp_path}/lake}}\npool: {{bach_size: 4}}\n")
+    spec.write_text(
+        f"source: {{uri: {images}}}\nmodel: {{uri: demo}}\n"
+        f"lake: {{uri: {tmp_path}/lake}}\npool: {{bach_size: 4}}\n"
+    )
     assert_one_line(masklake("infer", str(spec)), 2, "pool.bach_size", "batch_size")
     assert not (tmp_path / "lake").exists()
 
@@ -53,7 +56,13 @@ def test_a_checkpoint_of_another_architecture_is_refused(images: Path, tmp_path:
     other.config = config
     (tmp_path / "other.safetensors").write_bytes(dump_checkpoint(other, "other"))
     result = masklake(
-        "infer", "--source", str(images), "--model", str(tmp_path / "other.safetensors"), "--lake", str(tmp_path / "lake")
+        "infer",
+        "--source",
+        str(images),
+        "--model",
+        str(tmp_path / "other.safetensors"),
+        "--lake",
+        str(tmp_path / "lake"),
     )
     assert_one_line(result, 2, "box_head.fc6.weight", "wanted")
     assert not (tmp_path / "lake").exists()
@@ -62,19 +71,41 @@ def test_a_checkpoint_of_another_architecture_is_refused(images: Path, tmp_path:
 def test_a_pickled_checkpoint_is_refused(images: Path, tmp_path: Path) -> None:
     torch.save({"model": torch.zeros(3)}, tmp_path / "model.pth")
     result = masklake(
-        "infer", "--source", str(images), "--model", str(tmp_path / "model.pth"), "--lake", str(tmp_path / "lake")
+        "infer",
+        "--source",
+        str(images),
+        "--model",
+        str(tmp_path / "model.pth"),
+        "--lake",
+        str(tmp_path / "lake"),
     )
     assert_one_line(result, 2, "safetensors")
 
 
 def test_a_missing_checkpoint_and_a_missing_source_are_refused(images: Path, tmp_path: Path) -> None:
     lake = str(tmp_path / "lake")
-    assert_one_line(masklake("infer", "--source", str(images), "--model", "nowhere.safetensors", "--lake", lake), 2, "nowhere")
-    assert_one_line(masklake("infer", "--source", str(tmp_path / "no"), "--model", "demo", "--lake", lake), 2, "source.uri")
+    assert_one_line(
+        masklake("infer", "--source", str(images), "--model", "nowhere.safetensors", "--lake", lake),
+        2,
+        "nowhere",
+    )
+    assert_one_line(
+        masklake("infer", "--source", str(tmp_path / "no"), "--model", "demo", "--lake", lake),
+        2,
+        "source.uri",
+    )
     assert not (tmp_path / "lake").exists()
 
 
 def test_the_schema_is_json_that_names_every_section() -> None:
     result = masklake("schema", "infer")
     assert result.returncode == 0
-    assert set(json.loads(result.stdout)["properties"]) >= {"source", "model", "lake", "unit", "pool", "commit", "storage"}
+    assert set(json.loads(result.stdout)["properties"]) >= {
+        "source",
+        "model",
+        "lake",
+        "unit",
+        "pool",
+        "commit",
+        "storage",
+    }

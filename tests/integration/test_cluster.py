@@ -1,5 +1,8 @@
-"""The same job on a running cluster: submitted through Ray's Jobs API with a token, and across several raylets."""
+"""The same job on a running cluster: submitted through Ray's Jobs API with a token, over three raylets."""
 
+from __future__ import annotations
+
+import io
 import json
 import os
 import socket
@@ -10,7 +13,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from jobs.lake.labels_table import LabelsTable
 from jobs.lake.storage import Storage
@@ -18,7 +23,7 @@ from schemas.specs import StorageSpec
 
 ROOT = Path(__file__).parents[2]
 NUM_RAYLETS = 3
-MASKLAKE_BIN = Path(sys.executable).parent
+BIN = Path(sys.executable).parent
 
 
 def free_ports(num: int) -> list[int]:
@@ -33,7 +38,7 @@ def free_ports(num: int) -> list[int]:
 
 @dataclass(frozen=True)
 class RunningCluster:
-    """A head with a dashboard and two more raylets, all on loopback, one CPU each, and how to speak to them."""
+    """A head with a dashboard and two more raylets on loopback, two CPUs each, behind a token."""
 
     address: str
     dashboard: str
@@ -51,10 +56,11 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningCluster
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": str(token),
         "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
         "PYTHONPATH": str(ROOT),
     }
     env.pop("RAY_ADDRESS", None)
-    common = ["--num-cpus=1", "--object-store-memory=200000000", "--node-ip-address=127.0.0.1", "--block"]
+    common = ["--num-cpus=2", "--object-store-memory=200000000", "--node-ip-address=127.0.0.1", "--block"]
     head = [
         f"--port={port}",
         "--head",
@@ -65,12 +71,17 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningCluster
     processes: list[subprocess.Popen[bytes]] = []
 
     def start(*options: str) -> None:
-        log = (folder / f"raylet-{len(processes)}.log").open("wb")
-        command = [str(MASKLAKE_BIN / "ray"), "start", *options, *common]
-        processes.append(subprocess.Popen(command, env=env, stdout=log, stderr=log, start_new_session=True))
+        """Start a raylet and wait until it runs: several at once time out on a busy machine."""
+        command = [str(BIN / "ray"), "start", *options, *common]
+        with (folder / f"raylet-{len(processes)}.log").open("wb") as log:
+            processes.append(subprocess.Popen(command, env=env, stdout=log, stderr=log, start_new_session=True))
+        deadline = time.monotonic() + 60
+        while b"--block" not in Path(log.name).read_bytes():
+            assert processes[-1].poll() is None, Path(log.name).read_text()
+            assert time.monotonic() < deadline, f"a raylet does not start: {log.name}"
+            time.sleep(0.2)
 
     start(*head)
-    wait_for_port(dashboard)
     for _ in range(NUM_RAYLETS - 1):
         start(f"--address=127.0.0.1:{port}")
     try:
@@ -82,11 +93,57 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningCluster
             process.wait(60)
 
 
-def wait_for_port(port: int, timeout_s: float = 60) -> None:
-    deadline = time.monotonic() + timeout_s
-    while time.monotonic() < deadline:
-        with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", port)) == 0:
-                return
-        time.sleep(0.2)
-    raise TimeoutError(f"nothing listens on port {port} after {timeout_s} s")
+def spec_file(folder: Path, num_images: int) -> Path:
+    (folder / "images").mkdir()
+    for index in range(num_images):
+        pixels = np.random.default_rng(index).integers(0, 256, (96, 128, 3), dtype=np.uint8)
+        data = io.BytesIO()
+        Image.fromarray(pixels).save(data, "JPEG")
+        (folder / "images" / f"{index:03d}.jpg").write_bytes(data.getvalue())
+    path = folder / "job.yaml"
+    path.write_text(
+        f"""
+source: {{uri: {folder}/images}}
+model: {{uri: demo}}
+lake: {{uri: {folder}/lake}}
+unit: {{max_images: 1}}
+pool: {{min_actors: {NUM_RAYLETS}, max_actors: {NUM_RAYLETS}, cpus_per_actor: 1}}
+"""
+    )
+    return path
+
+
+def test_a_submitted_job_runs_over_all_raylets_and_commits_every_image(
+    cluster: RunningCluster, tmp_path: Path
+) -> None:
+    job = spec_file(tmp_path, num_images=24)
+    entrypoint = [sys.executable, "-m", "jobs.infer", str(job), "--json"]
+    submitted = subprocess.run(
+        [str(BIN / "ray"), "job", "submit", "--address", cluster.dashboard, "--", *entrypoint],
+        env=cluster.env,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert submitted.returncode == 0, submitted.stdout + submitted.stderr
+    (record,) = (tmp_path / "lake" / "runs").glob("*/summary.json")
+    summary = json.loads(record.read_text())
+    assert (summary["status"], summary["images"], summary["ok"]) == ("done", 24, 24)
+    assert len(summary["images_by_node"]) == NUM_RAYLETS
+    table = LabelsTable.open(str(tmp_path / "lake"), Storage(StorageSpec())).dataset().to_table()
+    assert len(set(table["image_id"].to_pylist())) == len(table) == 24
+    assert f'"run_id": "{summary["run_id"]}"' in submitted.stdout
+
+
+def test_without_its_token_the_cluster_takes_no_job(cluster: RunningCluster) -> None:
+    env = {key: value for key, value in cluster.env.items() if not key.startswith("RAY_AUTH")}
+    stranger = {**env, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "f" * 64}
+    refused = subprocess.run(
+        [str(BIN / "ray"), "job", "submit", "--address", cluster.dashboard, "--", "true"],
+        env=stranger,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert refused.returncode != 0
+    assert "token" in (refused.stdout + refused.stderr).lower()

@@ -1,11 +1,15 @@
-"""The main job, whole: sources of every form, from disk and over the wire, through Ray into a committed table."""
+"""The main job, whole: sources of every form, from disk and over the wire, into a committed table."""
+
+from __future__ import annotations
 
 import io
 import json
 import tarfile
-from collections.abc import Callable
+import uuid
+import zlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -14,16 +18,80 @@ import pytest
 from PIL import Image
 from pycocotools import mask as coco_mask
 
+from cluster.profiles import PoolPlan
+from jobs.infer.label import Labeler, Replica
+from jobs.infer.pipeline import FinishedUnit
 from jobs.infer.progress import JsonWatcher
-from jobs.infer.run import run_infer
+from jobs.infer.read import ShardTask, UnitReader
+from jobs.infer.rows import Lineage
+from jobs.infer.run import prepare, run_infer
 from jobs.infer.summary import Summary
+from jobs.infer.units import UnitReport
+from jobs.infer.write import FragmentWriter
+from jobs.lake.commit import app_id
+from jobs.lake.fragments import Fragment
 from jobs.lake.labels_table import LabelsTable
+from jobs.lake.lease import Lease
 from jobs.lake.storage import Storage
 from schemas.errors import FailureBudgetExceeded, LeaseHeldError, UsageError
 from schemas.specs import InferSpec, StorageSpec, load_spec
 
+if TYPE_CHECKING:
+    from tests.integration.conftest import S3Bucket
+
 pytestmark = pytest.mark.usefixtures("local_ray")
+
+
+@pytest.fixture
+def straight(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The pipeline's own stages one after another in this process: saves the 8 s that Ray's actors take to start."""
+
+    def run_straight(
+        tasks: list[ShardTask],
+        spec: InferSpec,
+        storage: Storage,
+        lineage: Lineage,
+        checkpoint: bytes,
+        replica: Replica,
+        plan: PoolPlan,
+    ) -> Iterator[FinishedUnit]:
+        read = UnitReader(spec.source, storage, spec.unit.max_bytes, plan.max_images)
+        label = Labeler(checkpoint, replica, lineage)
+        write = FragmentWriter(storage.normalize(spec.lake.uri), lineage.model_id, storage)
+        for task in tasks:
+            for row in read.read_units(task):
+                (written,) = write(label(row)).to_pylist()
+                fragment = written["fragment"] and Fragment.from_row(json.loads(written["fragment"]))
+                yield FinishedUnit(UnitReport.from_json(written["report"]), fragment)
+
+    monkeypatch.setattr("jobs.infer.run.run_pipeline", run_straight)
+
+
 FORMS = ("tar", "parquet", "files")
+
+
+Place = tuple[Callable[[Path], str], StorageSpec]
+
+
+@pytest.fixture(params=["disk", pytest.param("rgw", marks=pytest.mark.s3)])
+def storage_place(request: pytest.FixtureRequest) -> Iterator[Place]:
+    """Somewhere to label: a function that puts a folder there and gives its URI, and how to reach it."""
+    if request.param == "disk":
+        yield str, StorageSpec()
+        return
+    server = request.getfixturevalue(f"{request.param}_server")
+    client, bucket = server.client(), f"tests-{uuid.uuid4().hex[:12]}"
+    client.create_bucket(Bucket=bucket)
+
+    def place(folder: Path) -> str:
+        for path in folder.rglob("*"):
+            client.put_object(Bucket=bucket, Key=f"{folder.name}/{path.name}", Body=path.read_bytes())
+        return f"s3://{bucket}/{folder.name}"
+
+    yield place, StorageSpec(endpoint_url=server.endpoint_url)
+    for page in client.get_paginator("list_objects_v2").paginate(Bucket=bucket):
+        for item in page.get("Contents", []):  # the server's memory is bounded
+            client.delete_object(Bucket=bucket, Key=item["Key"])
 
 
 def label(source: str, lake: str, *overrides: str, storage: StorageSpec | None = None) -> Summary:
@@ -38,7 +106,9 @@ def label(source: str, lake: str, *overrides: str, storage: StorageSpec | None =
 
 
 def rows(lake: str, storage: StorageSpec | None = None) -> list[dict[str, Any]]:
-    table: list[dict[str, Any]] = LabelsTable.open(lake, Storage(storage or StorageSpec())).dataset().to_table().to_pylist()
+    table: list[dict[str, Any]] = (
+        LabelsTable.open(lake, Storage(storage or StorageSpec())).dataset().to_table().to_pylist()
+    )
     return table
 
 
@@ -87,6 +157,7 @@ def scene_files(num: int, first: int = 0) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("form", FORMS)
+@pytest.mark.usefixtures("straight")
 def test_every_image_becomes_one_row_and_a_second_run_commits_nothing(form: str, tmp_path: Path) -> None:
     files = scene_files(9)
     write_source(form, tmp_path / "images", files)
@@ -101,6 +172,21 @@ def test_every_image_becomes_one_row_and_a_second_run_commits_nothing(form: str,
     assert again.committed_version == summary.committed_version
 
 
+def test_a_job_over_the_wire_finds_and_leaves_everything_in_the_bucket(
+    s3_bucket: S3Bucket, tmp_path: Path
+) -> None:
+    write_source("tar", tmp_path / "images", scene_files(9))
+    s3_bucket.upload(tmp_path / "images", prefix="images/")
+    storage = StorageSpec(endpoint_url=s3_bucket.endpoint_url)
+    source, lake = f"{s3_bucket.uri}/images/", f"{s3_bucket.uri}/lake"
+    summary = label(source, lake, "unit.max_images=2", storage=storage)
+    assert (summary.ok, len(rows(lake, storage))) == (9, 9)
+    assert label(source, lake, storage=storage).status == "nothing_to_do"
+    kept = {key.split("/")[1] for key in s3_bucket.list("lake/")}
+    assert kept == {"labels", "runs", "shard_index", "leases"}
+
+
+@pytest.mark.usefixtures("straight")
 def test_only_new_images_are_labelled_the_next_time(tmp_path: Path) -> None:
     write_source("files", tmp_path / "images", scene_files(4))
     lake = str(tmp_path / "lake")
@@ -111,6 +197,7 @@ def test_only_new_images_are_labelled_the_next_time(tmp_path: Path) -> None:
     assert len(rows(lake)) == 7
 
 
+@pytest.mark.usefixtures("straight")
 def test_the_run_leaves_its_summary_and_its_spec_in_the_lake(tmp_path: Path) -> None:
     write_source("tar", tmp_path / "images", scene_files(3))
     summary = label(str(tmp_path / "images"), str(tmp_path / "lake"))
@@ -125,9 +212,9 @@ def test_the_run_leaves_its_summary_and_its_spec_in_the_lake(tmp_path: Path) -> 
 
 @pytest.mark.parametrize("folder", ["coco_photos", "facades/val"])
 def test_photographs_have_the_same_labels_whichever_way_they_come_in(
-    folder: str, shared_data: Path, tmp_path: Path, photo_storage: "tuple[Callable[[Path], str], StorageSpec]"
+    folder: str, shared_data: Path, tmp_path: Path, storage_place: Place
 ) -> None:
-    place, storage = photo_storage
+    place, storage = storage_place
     photographs = {path.name: path.read_bytes() for path in sorted((shared_data / folder).rglob("*.jpg"))}
     assert len(photographs) in (99, 68)
     labels = {}
@@ -157,8 +244,6 @@ def png_bomb() -> bytes:
     Image.new("RGB", (10, 10)).save(data, "PNG")
     header = bytearray(data.getvalue())
     header[16:24] = (100_000).to_bytes(4, "big") * 2
-    import zlib
-
     header[29:33] = zlib.crc32(bytes(header[12:29])).to_bytes(4, "big")
     return bytes(header)
 
@@ -190,9 +275,16 @@ def test_bad_images_become_failed_rows_and_the_good_ones_are_labelled(tmp_path: 
         "image-0003#2": "duplicate_key",
     }
     assert all(len(row["error"]) > 10 and row["detections"] is None for row in failed.values())
-    assert summary.failed_by_kind == {"empty": 1, "truncated": 1, "unsupported": 1, "too_large": 1, "duplicate_key": 1}
+    assert summary.failed_by_kind == {
+        "empty": 1,
+        "truncated": 1,
+        "unsupported": 1,
+        "too_large": 1,
+        "duplicate_key": 1,
+    }
 
 
+@pytest.mark.usefixtures("straight")
 def test_a_failure_budget_that_is_exceeded_ends_the_run_with_everything_committed(tmp_path: Path) -> None:
     write_source("files", tmp_path / "images", {**scene_files(3), "zero.jpg": b""})
     lake = str(tmp_path / "lake")
@@ -201,6 +293,7 @@ def test_a_failure_budget_that_is_exceeded_ends_the_run_with_everything_committe
     assert len(rows(lake)) == 4
 
 
+@pytest.mark.usefixtures("straight")
 def test_failures_are_tried_again_only_when_asked(tmp_path: Path) -> None:
     write_source("files", tmp_path / "images", {**scene_files(2), "late.jpg": b""})
     lake = str(tmp_path / "lake")
@@ -213,6 +306,7 @@ def test_failures_are_tried_again_only_when_asked(tmp_path: Path) -> None:
     assert current["status"].to_pylist() == ["ok"] * 3
 
 
+@pytest.mark.usefixtures("straight")
 def test_another_threshold_is_another_model_beside_the_first(tmp_path: Path) -> None:
     write_source("tar", tmp_path / "images", scene_files(3))
     lake = str(tmp_path / "lake")
@@ -229,10 +323,6 @@ def test_a_source_that_is_not_there_is_refused_and_nothing_is_written(tmp_path: 
 
 
 def test_a_second_run_at_the_same_time_is_told_who_is_at_work(tmp_path: Path) -> None:
-    from jobs.infer.run import prepare
-    from jobs.lake.commit import app_id
-    from jobs.lake.lease import Lease
-
     write_source("tar", tmp_path / "images", scene_files(2))
     spec = load_spec(
         InferSpec,

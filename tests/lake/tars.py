@@ -24,7 +24,7 @@ def make_tar(
 def header(
     name: bytes = b"a.jpg", size: int | bytes = 0, kind: bytes = b"0", magic: bytes = b"ustar\x0000"
 ) -> bytes:
-    """One header block with a right checksum, whatever it says. A size given as bytes is put there as it is."""
+    """One header block with a right checksum, whatever it says. Bytes for a size are put in as they are."""
     size_field = b"%011o\0" % size if isinstance(size, int) else size.ljust(12, b"\0")
     block = name.ljust(100, b"\0") + b"0000644\0" + b"0000000\0" * 2 + size_field + b"00000000000\0"
     block += b" " * 8 + kind + bytes(100) + magic
@@ -34,6 +34,15 @@ def header(
 
 def padded(data: bytes) -> bytes:
     return data + bytes(-len(data) % BLOCK)
+
+
+def record(key: bytes, value: bytes) -> bytes:
+    """A pax record, which starts with its own length."""
+    rest = b" " + key + b"=" + value + b"\n"
+    length = len(rest)
+    while len(b"%d" % length) + len(rest) != length:
+        length = len(b"%d" % length) + len(rest)
+    return b"%d" % length + rest
 
 
 def pax(records: bytes, kind: bytes = b"x") -> bytes:

@@ -4,7 +4,7 @@ import io
 import os
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jobs.lake import range_stream
@@ -13,6 +13,7 @@ from jobs.lake.range_stream import RangeStream
 DATA = os.urandom(3000)
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 3500), st.integers(0, 3500)), max_size=20), st.integers(1, 700))
 def test_any_order_of_seeks_and_reads_gives_what_the_file_has(
     steps: list[tuple[int, int]], buffer: int

@@ -214,7 +214,8 @@ class TestMistakes:
         with pytest.raises(UsageError) as failure:
             storage.check_reachable("s3://no-such-bucket/images", "source")
         assert str(failure.value) == (
-            f"source s3://no-such-bucket/images: there is no bucket 'no-such-bucket' at {server.endpoint_url}; "
+            "source s3://no-such-bucket/images: there is no bucket 'no-such-bucket' at "
+            f"{server.endpoint_url}; "
             f"create it or mend the URI"
         )
         with pytest.raises(MissingObjectError):

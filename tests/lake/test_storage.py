@@ -163,7 +163,7 @@ def test_an_object_with_another_md5_than_listed_is_refused(place: Place) -> None
     uri = f"{place.uri}/object"
     place.storage.write_bytes(uri, b"ten bytes.")
     stale = replace(place.storage.stat(uri), etag="0" * 32)
-    with pytest.raises(CorruptObjectError, match="its MD5 is .*, the store says 000"):
+    with pytest.raises(CorruptObjectError, match=r"its MD5 is .*, the store says 000"):
         place.storage.read_bytes(stale)
     with pytest.raises(CorruptObjectError, match="its MD5"), place.storage.open_verified(stale):
         pass

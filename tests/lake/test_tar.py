@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from jobs.lake.tar import MAX_EXTENSION_BYTES, TarError, TarReader
 from schemas.labels import ErrorKind
-from tests.lake.tars import BLOCK, END, header, make_tar, padded, pax
+from tests.lake.tars import BLOCK, END, header, make_tar, padded, pax, record
 
 Members = list[tuple[str, bytes]]
 HONEST = make_tar({"a.jpg": b"first", "folder/b.jpg": b"x" * 700, "c.txt": b"", "d.jpg": b"last" * 128})
@@ -25,7 +25,7 @@ def read_all(data: bytes, sized: bool = True) -> tuple[Members, TarError | None]
     members: Members = []
     try:
         for member in reader:
-            if not member.not_a_file:
+            if not member.not_a_file and member.size_bytes < 1 << 20:
                 members.append((member.name, reader.read_data()))
     except TarError as error:
         return members, error
@@ -46,6 +46,7 @@ NAMES = st.text(
 
 
 class TestHonestTars:
+    @settings(deadline=None)
     @given(
         st.lists(st.tuples(NAMES, st.binary(max_size=1500)), max_size=6),
         st.sampled_from([tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT]),
@@ -133,11 +134,7 @@ class TestHonestTars:
         gnu[482] = 1  # another block of the map follows
         gnu[148:156] = b"%06o\0 " % (sum(gnu) - sum(gnu[148:156]) + 8 * 32)
         more = bytes(504) + b"\1" + bytes(7)
-        by_pax = pax(
-            b"22 GNU.sparse.major=1\n28 GNU.sparse.name=new.jpg  \n".replace(b"  \n", b"\n").replace(
-                b"28", b"26"
-            )
-        )
+        by_pax = pax(record(b"GNU.sparse.major", b"1") + record(b"GNU.sparse.name", b"new.jpg"))
         data = bytes(gnu) + more + bytes(BLOCK) + padded(b"abc")
         data += by_pax + header(b"GNUSparseFile.0/new.jpg", 3) + padded(b"abc") + header(b"b.jpg") + END
         members = [(m.name, m.not_a_file) for m in TarReader(io.BytesIO(data), len(data))]
@@ -148,7 +145,7 @@ class TestDamagedTars:
     @pytest.mark.parametrize("sized", [True, False])
     def test_a_tar_cut_anywhere_gives_what_is_whole_and_says_truncated(self, sized: bool) -> None:
         whole, _ = read_all(HONEST)
-        end_of_marker = len(HONEST.rstrip(b"\0")) // BLOCK * BLOCK + BLOCK + 2 * BLOCK
+        end_of_marker = len(padded(HONEST.rstrip(b"\0"))) + 2 * BLOCK
         for size in [*range(0, end_of_marker, 61), *range(0, end_of_marker, BLOCK), end_of_marker - 1]:
             members, error = read_all(HONEST[:size], sized)
             assert error is not None, size
@@ -162,7 +159,7 @@ class TestDamagedTars:
 
     def test_every_byte_of_a_header_is_under_its_checksum(self) -> None:
         whole, _ = read_all(HONEST)
-        for position in range(1024, 1024 + BLOCK):
+        for position in {*range(1024, 1024 + BLOCK)} - {1024 + 155}:  # the space behind the checksum itself
             damaged = bytearray(HONEST)
             damaged[position] ^= 0x04
             members, error = read_all(bytes(damaged))
@@ -170,7 +167,7 @@ class TestDamagedTars:
             assert error is not None
             assert (error.kind, error.offset_bytes) == (ErrorKind.CORRUPT, 1024)
 
-    @settings(max_examples=300)
+    @settings(max_examples=300, deadline=None)
     @given(
         st.lists(st.tuples(st.integers(0, len(HONEST) - 1), st.integers(0, 255)), min_size=1, max_size=8),
         st.integers(0, len(HONEST)),
@@ -187,6 +184,7 @@ class TestDamagedTars:
         assert len(members) <= 4
         assert error is None or error.offset_bytes <= len(HONEST)
 
+    @settings(deadline=None)
     @given(st.binary(max_size=3000), st.booleans())
     def test_noise_ends_in_a_tar_error(self, noise: bytes, sized: bool) -> None:
         members, error = read_all(noise, sized)
@@ -197,7 +195,8 @@ class TestDamagedTars:
         ("size", "kind"),
         [
             (b"\xff" * 12, ErrorKind.CORRUPT),  # -1 in base 256
-            (b"\x80" + b"\xff" * 11, ErrorKind.TRUNCATED),
+            (b"\x80" + b"\xff" * 11, ErrorKind.CORRUPT),
+            (b"\x80" + (1 << 50).to_bytes(11, "big"), ErrorKind.TRUNCATED),
             (b"-0000000001", ErrorKind.CORRUPT),
             (b"0x10", ErrorKind.CORRUPT),
             (b"1_000", ErrorKind.CORRUPT),
@@ -214,7 +213,8 @@ class TestDamagedTars:
     def test_a_size_past_the_end_names_member_and_bytes(self) -> None:
         error = read_error(header(b"a.jpg", 5000) + b"x" * 2000 + END)
         assert str(error) == (
-            "member 'a.jpg' claims 5000 bytes, which end at byte 5512; the tar ends at byte 3536 (byte 0 of the tar)"
+            "member 'a.jpg' claims 5000 bytes, which end at byte 5512; the tar ends at byte 3536 "
+            "(byte 0 of the tar)"
         )
 
     def test_one_zero_block_is_not_the_end(self) -> None:
@@ -230,16 +230,21 @@ class TestDamagedTars:
 
 class TestExtendedHeaders:
     def test_pax_gives_name_and_size_to_the_next_member_only(self) -> None:
-        data = pax(b"16 path=long.jpg\n9 size=3\n"[:0] + b"17 path=long.jpg\n9 size=3\n")
+        data = pax(record(b"path", b"long.jpg") + record(b"size", b"3"))
         data += header(b"short", 0) + padded(b"abc") + header(b"b.jpg", 1) + padded(b"x") + END
         assert read_all(data) == ([("long.jpg", b"abc"), ("b.jpg", b"x")], None)
 
     def test_an_empty_value_takes_pax_back(self) -> None:
-        data = pax(b"8 path=\n8 size=\n") + header(b"a.jpg", 1) + padded(b"x") + END
+        data = pax(record(b"path", b"") + record(b"size", b"")) + header(b"a.jpg", 1) + padded(b"x") + END
         assert read_all(data) == ([("a.jpg", b"x")], None)
 
     def test_a_global_name_is_weaker_than_a_members_own(self) -> None:
-        data = pax(b"14 path=g.jpg\n", b"g") + header(b"a.jpg") + pax(b"14 path=p.jpg\n") + header(b"b.jpg")
+        data = (
+            pax(record(b"path", b"g.jpg"), b"g")
+            + header(b"a.jpg")
+            + pax(record(b"path", b"p.jpg"))
+            + header(b"b.jpg")
+        )
         assert [name for name, _ in read_all(data + END)[0]] == ["g.jpg", "p.jpg"]
 
     @pytest.mark.parametrize(
@@ -262,6 +267,11 @@ class TestExtendedHeaders:
         error = read_error(header(b"good.jpg") + pax(records) + header(b"a.jpg") + END)
         assert (error.kind, error.offset_bytes) == (ErrorKind.CORRUPT, BLOCK)
 
+    def test_an_extended_header_without_its_member_is_corrupt(self) -> None:
+        error = read_error(header(b"a.jpg") + pax(record(b"path", b"b.jpg")) + END)
+        assert str(error) == "no member follows an extended header (byte 1536 of the tar)"
+        assert read_all(header(b"a.jpg") + pax(record(b"comment", b"bye"), b"g") + END)[1] is None
+
     @pytest.mark.parametrize("sized", [True, False])
     @pytest.mark.parametrize("kind", [b"x", b"g", b"X", b"L", b"K"])
     def test_an_extended_header_has_a_ceiling(self, kind: bytes, sized: bool) -> None:
@@ -274,13 +284,33 @@ class TestExtendedHeaders:
         assert read_error(huge, sized).kind == ErrorKind.CORRUPT
 
     def test_a_long_chain_of_extended_headers_costs_no_memory_or_stack(self) -> None:
-        chain = pax(b"14 path=p.jpg\n") * 5000
+        chain = pax(record(b"path", b"p.jpg")) * 5000
         members, error = read_all(chain + header(b"a.jpg") + END)
         assert (members, error) == ([("p.jpg", b"")], None)
 
     def test_pax_records_are_read_in_linear_time(self) -> None:
         records = b"6 a=b\n" * (MAX_EXTENSION_BYTES // 6)
         assert read_all(pax(records) + header(b"a.jpg") + END) == ([("a.jpg", b"")], None)
+
+
+class _Parts:
+    """A stream of given bytes and numbers of zeros, not seekable, as a decompressor is."""
+
+    def __init__(self, *parts: bytes | int) -> None:
+        self._parts = list(parts)
+
+    def read(self, size_bytes: int) -> bytes:
+        if not self._parts:
+            return b""
+        part = self._parts.pop(0)
+        if isinstance(part, int):
+            given = bytes(min(part, size_bytes))
+            rest: bytes | int = part - len(given)
+        else:
+            given, rest = part[:size_bytes], part[size_bytes:]
+        if rest:
+            self._parts.insert(0, rest)
+        return given if len(given) == size_bytes else given + self.read(size_bytes - len(given))
 
 
 class TestMemory:
@@ -291,7 +321,7 @@ class TestMemory:
         with open(tmp_path / "big.tar", "wb") as file:
             file.write(header(b"one.bin", b"\x80" + ten_gb.to_bytes(11, "big")))
             file.seek(gap_bytes, 1)
-            file.write(pax(b"20 size=10000000000\n") + header(b"two.bin", 0))
+            file.write(pax(record(b"size", b"10000000000")) + header(b"two.bin", 0))
             file.seek(gap_bytes, 1)
             file.write(header(b"photo.jpg", 5) + padded(b"photo") + END)
             total_bytes = file.tell()
@@ -305,28 +335,11 @@ class TestMemory:
         assert peak_bytes < 4 << 20
 
     def test_a_gzipped_member_of_a_gigabyte_is_passed_over_in_pieces(self) -> None:
-        class Zeros(io.RawIOBase):
-            """A header, then a gigabyte, then the end: as a decompressor would give it, not seekable."""
-
-            def __init__(self) -> None:
-                self.parts = [header(b"big.bin", 1 << 30), 1 << 30, END]
-
-            def read(self, size_bytes: int = -1) -> bytes:
-                part = self.parts[0] if self.parts else b""
-                if isinstance(part, int):
-                    given = min(part, size_bytes)
-                    self.parts[0] = part - given
-                    if part == given:
-                        self.parts.pop(0)
-                    return bytes(given)
-                if self.parts:
-                    self.parts[0] = part[size_bytes:]
-                    if len(part) <= size_bytes:
-                        self.parts.pop(0)
-                return part[:size_bytes]
-
         tracemalloc.start()
-        names = [member.name for member in TarReader(cast(BinaryIO, Zeros()), None)]
+        names = [
+            member.name
+            for member in TarReader(cast(BinaryIO, _Parts(header(b"big.bin", 1 << 30), 1 << 30, END)), None)
+        ]
         _, peak_bytes = tracemalloc.get_traced_memory()
         tracemalloc.stop()
         assert names == ["big.bin"]
@@ -361,5 +374,6 @@ class TestGzip:
         for position in range(10, len(whole)):
             damaged = bytearray(whole)
             damaged[position] ^= 0x10
-            _, error = self.read(bytes(damaged))
-            assert error is not None, position
+            members, error = self.read(bytes(damaged))
+            # A match may move within a run of zeros and change nothing.
+            assert error is not None or members == read_all(HONEST)[0]

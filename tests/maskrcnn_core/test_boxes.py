@@ -38,7 +38,9 @@ def test_deltas_of_a_hand_worked_pair() -> None:
 
 def test_decode_undoes_encode() -> None:
     boxes, anchors = random_boxes(50, 1), random_boxes(50, 2)
-    assert torch.allclose(decode_deltas(encode_deltas(boxes, anchors, WEIGHTS), anchors, WEIGHTS), boxes, atol=1e-3)
+    assert torch.allclose(
+        decode_deltas(encode_deltas(boxes, anchors, WEIGHTS), anchors, WEIGHTS), boxes, atol=1e-3
+    )
 
 
 def test_deltas_agree_with_torchvision() -> None:
@@ -47,7 +49,9 @@ def test_deltas_agree_with_torchvision() -> None:
     deltas = coder.encode([boxes], [anchors])[0]
     assert torch.allclose(encode_deltas(boxes, anchors, WEIGHTS), deltas, atol=1e-5)
     wild = torch.randn(50, 4) * 20
-    assert torch.allclose(decode_deltas(wild, anchors, WEIGHTS), coder.decode_single(wild, anchors), rtol=1e-5)
+    assert torch.allclose(
+        decode_deltas(wild, anchors, WEIGHTS), coder.decode_single(wild, anchors), rtol=1e-5
+    )
 
 
 def test_a_huge_size_delta_is_cut_instead_of_overflowing() -> None:

@@ -30,7 +30,9 @@ def test_half_precision_halves_the_file_and_loads_as_float32(saved: bytes, tiny_
     assert all(p.dtype == torch.float32 for p in parse_checkpoint(half, "memory").build().parameters())
 
 
-def test_the_model_id_changes_with_weights_and_settings_and_nothing_else(saved: bytes, tiny_config: MaskRCNNConfig) -> None:
+def test_the_model_id_changes_with_weights_and_settings_and_nothing_else(
+    saved: bytes, tiny_config: MaskRCNNConfig
+) -> None:
     checkpoint = parse_checkpoint(saved, "memory")
     model_id = checkpoint.model_id("fp32")
     assert model_id.startswith("tiny-")
@@ -73,7 +75,9 @@ def test_a_flipped_bit_in_the_weights_is_noticed(saved: bytes) -> None:
         parse_checkpoint(bytes(damaged), "damaged")
 
 
-def test_weights_of_another_architecture_are_refused_with_their_keys(tiny_model: MaskRCNN, tiny_config: MaskRCNNConfig) -> None:
+def test_weights_of_another_architecture_are_refused_with_their_keys(
+    tiny_model: MaskRCNN, tiny_config: MaskRCNNConfig
+) -> None:
     other = build_model(tiny_config.replace(box_head_channels=64), seed=0)
     other.config = tiny_config  # a file that claims more than it holds
     with pytest.raises(CheckpointError, match=r"box_head.fc6.weight is \(64, 4704\), wanted \(256, 4704\)"):

@@ -18,7 +18,9 @@ NINETY = tuple((i, str(i)) for i in range(1, 91))  # torchvision's 91 classes wi
 
 
 def photograph(folder: Path) -> torch.Tensor:
-    with Image.open(folder / "coco_photos/val2017" / sorted(p.name for p in (folder / "coco_photos/val2017").iterdir())[0]) as image:
+    with Image.open(
+        folder / "coco_photos/val2017" / sorted(p.name for p in (folder / "coco_photos/val2017").iterdir())[0]
+    ) as image:
         return torch.from_numpy(np.asarray(image.convert("RGB"))).permute(2, 0, 1) / 255.0
 
 
@@ -32,7 +34,12 @@ def test_same_weights_detect_what_torchvision_detects(
     threshold = 0.0115
     torch.manual_seed(0)
     theirs = reference(
-        weights=None, weights_backbone=None, num_classes=91, box_score_thresh=threshold, min_size=256, max_size=448
+        weights=None,
+        weights_backbone=None,
+        num_classes=91,
+        box_score_thresh=threshold,
+        min_size=256,
+        max_size=448,
     ).eval()
     ours = build_model(preset(NINETY).replace(score_threshold=threshold)).eval()
     ours.load_state_dict(theirs.state_dict())
@@ -59,18 +66,29 @@ def test_every_preset_detects_and_trains(preset: Callable[..., MaskRCNNConfig]) 
     masks[0, 10:40, 10:50] = 1
     target = Instances(torch.tensor([[10.0, 10.0, 50.0, 40.0]]), torch.tensor([2]), masks)
     losses = model.train().losses(images, sizes, [target, target])
-    assert set(losses) == {"loss_objectness", "loss_rpn_box_reg", "loss_classifier", "loss_box_reg", "loss_mask"}
+    assert set(losses) == {
+        "loss_objectness",
+        "loss_rpn_box_reg",
+        "loss_classifier",
+        "loss_box_reg",
+        "loss_mask",
+    }
     sum(losses.values(), torch.zeros(())).backward()
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
     with torch.no_grad():
         found = model.eval()(images, sizes)
     assert len(found) == 2
-    assert all((d.boxes[:, 2] <= w).all() and (d.boxes[:, 3] <= h).all() for d, (h, w) in zip(found, sizes, strict=True))
+    assert all(
+        (d.boxes[:, 2] <= w).all() and (d.boxes[:, 3] <= h).all()
+        for d, (h, w) in zip(found, sizes, strict=True)
+    )
 
 
 def test_an_image_without_instances_still_has_a_finite_loss(tiny_config: MaskRCNNConfig) -> None:
     model = build_model(tiny_config, seed=0).train()
-    empty = Instances(torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64), torch.zeros(0, 64, 64, dtype=torch.uint8))
+    empty = Instances(
+        torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64), torch.zeros(0, 64, 64, dtype=torch.uint8)
+    )
     losses = model.losses(torch.randn(2, 3, 64, 64), [(64, 64)] * 2, [empty, empty])
     total = sum(losses.values(), torch.zeros(()))
     total.backward()

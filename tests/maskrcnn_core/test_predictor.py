@@ -123,13 +123,19 @@ def test_the_wrong_category_has_ap_zero(one_square: dict[str, list[dict[str, obj
 
 def test_no_detection_at_all_has_ap_zero(one_square: dict[str, list[dict[str, object]]]) -> None:
     none = Detections(
-        20, 20, np.zeros((0, 4), np.float32), np.zeros(0, np.float32), np.zeros(0, np.int32), [], np.zeros(0, np.int32)
+        20,
+        20,
+        np.zeros((0, 4), np.float32),
+        np.zeros(0, np.float32),
+        np.zeros(0, np.int32),
+        [],
+        np.zeros(0, np.int32),
     )
     assert evaluate_coco(one_square, {1: none}, "segm")["AP"] == 0.0
 
 
-def test_a_truth_that_does_not_belong_to_the_images_is_refused(one_square: dict[str, list[dict[str, object]]]) -> None:
+def test_a_truth_that_does_not_belong_to_the_images_is_refused(
+    one_square: dict[str, list[dict[str, object]]],
+) -> None:
     with pytest.raises(ValueError, match="no annotation"):
         evaluate_coco(one_square, {2: square(0.9)}, "segm")
-
-

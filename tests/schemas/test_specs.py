@@ -4,7 +4,7 @@ import pickle
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from schemas.errors import UsageError
@@ -94,6 +94,13 @@ def test_override_values_are_read_as_yaml_scalars() -> None:
     assert spec.storage.region == "7"
     assert spec.pool.gpus_per_actor == 0.25
     assert spec.commit.every_s == 5
+
+
+@pytest.mark.parametrize(
+    "glob", ["*", "*.jpg", "=", "<<", "&", "!", "2026-01-31", "1%", "a: b", "# x", "a=b"]
+)
+def test_an_override_needs_no_quotes_for_a_string(glob: str) -> None:
+    assert from_overrides(f"source.include={glob}").source.include == glob
 
 
 def test_every_missing_uri_is_named_with_its_flag() -> None:
@@ -260,7 +267,8 @@ def test_an_override_of_another_form_is_refused(override: str) -> None:
     assert "is not of the form a.b=value" in problem(override)
 
 
-@given(st.text())
+@settings(max_examples=300)
+@given(st.one_of(st.text(), st.text("*&!<=[]{}'\"#%0x_.e-: ", max_size=6)))
 def test_no_override_value_escapes_as_anything_but_a_usage_error(text: str) -> None:
     for key in ("pool.batch_size", "unit.max_bytes", "failures.retry", "source.include", "pool"):
         with contextlib.suppress(UsageError):
