@@ -169,7 +169,7 @@ class PoolSpec(_Section):
         default="auto", description="auto: 1 where the cluster has GPUs, else 0"
     )
     cpus_per_actor: CpusOrAuto = Field(default="auto", description="auto: sized to the cluster")
-    batch_size: Count = Field(default=16, description="images in a forward pass")
+    batch_size: Count = Field(default=16, description="images in a forward pass on a GPU; on a CPU it is one")
     precision: Precision = Field(default="auto", description="auto: bf16 on a GPU that has it, else fp32")
 
     @model_validator(mode="after")

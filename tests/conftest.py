@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from hypothesis import settings
 
 if TYPE_CHECKING:
     from cluster.session import ClusterInfo
@@ -27,6 +28,10 @@ os.environ.update(
     AWS_CONFIG_FILE=os.devnull,
     AWS_SHARED_CREDENTIALS_FILE=os.devnull,
 )
+
+# Examples are judged by what they do, not by how busy the machine is.
+settings.register_profile("masklake", deadline=None)
+settings.load_profile("masklake")
 
 _SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 

@@ -170,7 +170,8 @@ def _star(u: Floats, v: Floats) -> Floats:
     """Five-pointed: the radius of its outline falls linearly in angle from 1 at a tip to 0.5 between tips."""
     sector = np.float32(2 * np.pi / 5)
     to_tip = np.abs(np.mod(np.arctan2(u, v), sector) / sector - np.float32(0.5)) * 2  # 1 at a tip
-    return (np.hypot(u, v) - (np.float32(0.5) + np.float32(0.5) * to_tip)) * np.float32(0.7)
+    distance: Floats = (np.hypot(u, v) - (np.float32(0.5) + np.float32(0.5) * to_tip)) * np.float32(0.7)
+    return distance
 
 
 def _ring(u: Floats, v: Floats) -> Floats:

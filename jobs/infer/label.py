@@ -38,8 +38,20 @@ class Replica:
     model_overrides: Mapping[str, Any]
     device: str
     precision: Precision
-    batch_size: int
+    batch_size: int  # images of a forward pass; see forward_images
     threads: int  # for the network on a CPU, and for decoding
+
+    @property
+    def forward_images(self) -> int:
+        """One on a CPU, so that an image's labels are the same to the last bit whatever it is read with. A
+        GPU wants batch_size; sums may then differ in their last bits. docs/decisions/0003 has the figures.
+        """
+        return 1 if self.device == "cpu" else self.batch_size
+
+    @property
+    def window(self) -> int:
+        """Images decoded ahead: what a forward pass takes, and what keeps the decoding threads busy."""
+        return max(self.forward_images, 2 * self.threads)
 
 
 class Labeler:
@@ -52,11 +64,11 @@ class Labeler:
             torch.set_num_threads(replica.threads)
         model = parse_checkpoint(checkpoint, "the checkpoint").build(**replica.model_overrides)
         self._predictor = Predictor(
-            model, device=replica.device, precision=replica.precision, batch_size=replica.batch_size
+            model, device=replica.device, precision=replica.precision, batch_size=replica.forward_images
         )
         self._lineage = lineage
         self._node = node
-        self._window = replica.batch_size
+        self._window = replica.window
         self._decoders = ThreadPoolExecutor(replica.threads, thread_name_prefix="decode")
 
     def __call__(self, row: pa.Table) -> pa.Table:

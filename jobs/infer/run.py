@@ -332,8 +332,8 @@ class _Run:
             kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(summary.failed_by_kind.items()))
             raise FailureBudgetExceeded(
                 f"{summary.failed} of {summary.images} images failed ({kinds}), over failures.budget "
-                f"{budget:.2%}; all are committed as failed rows with their reasons. Look at them, or raise the "
-                "budget."
+                f"{budget:.2%}; all are committed as failed rows with their reasons. Look at them, or raise "
+                "the budget."
             )
 
 

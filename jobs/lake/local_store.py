@@ -101,7 +101,7 @@ class LocalStore:
 
     def classify(self, error: Exception, uri: str) -> StorageError:
         if isinstance(error, FileNotFoundError):
-            return MissingObjectError(f"{uri} does not exist, or is not of the kind wanted here")
+            return MissingObjectError(f"{uri} does not exist; check the path")
         if isinstance(error, PermissionError):
             return AccessDeniedError(
                 f"{uri}: permission denied; check the owner and mode of {error.filename}"

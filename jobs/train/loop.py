@@ -88,7 +88,7 @@ def fit(
             total = torch.stack(list(losses.values())).sum()
         if not torch.isfinite(total):
             raise FloatingPointError(
-                f"the loss is {float(total)} at step {step + 1}; lower the learning rate."
+                f"the loss is {float(total.detach())} at step {step + 1}; lower the learning rate."
             )
         optimizer.zero_grad()
         total.backward()

@@ -1,9 +1,12 @@
 """The command line as a user meets it: one clear line for a mistake, the right status, nothing written."""
 
+from __future__ import annotations
+
 import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
@@ -11,6 +14,9 @@ import torch
 from maskrcnn_core.checkpoint import dump_checkpoint
 from maskrcnn_core.config import lite
 from maskrcnn_core.model import build_model
+
+if TYPE_CHECKING:
+    from tests.integration.conftest import S3Bucket, S3Server
 
 
 def masklake(*arguments: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
@@ -92,9 +98,42 @@ def test_a_missing_checkpoint_and_a_missing_source_are_refused(images: Path, tmp
     assert_one_line(
         masklake("infer", "--source", str(tmp_path / "no"), "--model", "demo", "--lake", lake),
         2,
-        "source.uri",
+        "does not exist",
     )
     assert not (tmp_path / "lake").exists()
+
+
+def test_a_missing_bucket_is_refused(s3_bucket: S3Bucket, tmp_path: Path) -> None:
+    lake = f"{s3_bucket.uri}/lake"
+    result = masklake("infer", "--source", "s3://no-such-bucket/images", "--model", "demo", "--lake", lake)
+    assert_one_line(result, 2, "no-such-bucket", "create it")
+    assert s3_bucket.list_keys() == []
+
+
+def test_an_endpoint_that_does_not_answer_is_named(images: Path) -> None:
+    endpoint = "storage.endpoint_url=http://127.0.0.1:9"
+    result = masklake(
+        "infer", "--source", str(images), "--model", "demo", "--lake", "s3://bucket/lake", "--set", endpoint
+    )
+    assert result.returncode in (1, 2)
+    assert_one_line(result, result.returncode, "127.0.0.1:9")
+
+
+@pytest.mark.s3
+def test_wrong_credentials_are_refused(
+    rgw_server: S3Server, images: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = rgw_server.client()
+    client.create_bucket(Bucket="locked")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "somebody-elses")
+    endpoint = f"storage.endpoint_url={rgw_server.endpoint_url}"
+    result = masklake(
+        "infer", "--source", str(images), "--model", "demo", "--lake", "s3://locked/lake", "--set", endpoint
+    )
+    assert_one_line(result, 2, "s3://locked/lake")
+    assert "somebody-elses" not in result.stderr
+    assert "Contents" not in client.list_objects_v2(Bucket="locked")
+    client.delete_bucket(Bucket="locked")
 
 
 def test_the_schema_is_json_that_names_every_section() -> None:

@@ -74,10 +74,11 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningCluster
         """Start a raylet and wait until it runs: several at once time out on a busy machine."""
         command = [str(BIN / "ray"), "start", *options, *common]
         with (folder / f"raylet-{len(processes)}.log").open("wb") as log:
-            processes.append(subprocess.Popen(command, env=env, stdout=log, stderr=log, start_new_session=True))
+            process = subprocess.Popen(command, env=env, stdout=log, stderr=log, start_new_session=True)
+        processes.append(process)
         deadline = time.monotonic() + 60
         while b"--block" not in Path(log.name).read_bytes():
-            assert processes[-1].poll() is None, Path(log.name).read_text()
+            assert process.poll() is None, Path(log.name).read_text()
             assert time.monotonic() < deadline, f"a raylet does not start: {log.name}"
             time.sleep(0.2)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import tarfile
-import uuid
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -44,7 +43,7 @@ pytestmark = pytest.mark.usefixtures("local_ray")
 
 @pytest.fixture
 def straight(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The pipeline's own stages one after another in this process: saves the 8 s that Ray's actors take to start."""
+    """The pipeline's own stages in this process, one after another: Ray's actors take 8 s to start."""
 
     def run_straight(
         tasks: list[ShardTask],
@@ -71,27 +70,6 @@ FORMS = ("tar", "parquet", "files")
 
 
 Place = tuple[Callable[[Path], str], StorageSpec]
-
-
-@pytest.fixture(params=["disk", pytest.param("rgw", marks=pytest.mark.s3)])
-def storage_place(request: pytest.FixtureRequest) -> Iterator[Place]:
-    """Somewhere to label: a function that puts a folder there and gives its URI, and how to reach it."""
-    if request.param == "disk":
-        yield str, StorageSpec()
-        return
-    server = request.getfixturevalue(f"{request.param}_server")
-    client, bucket = server.client(), f"tests-{uuid.uuid4().hex[:12]}"
-    client.create_bucket(Bucket=bucket)
-
-    def place(folder: Path) -> str:
-        for path in folder.rglob("*"):
-            client.put_object(Bucket=bucket, Key=f"{folder.name}/{path.name}", Body=path.read_bytes())
-        return f"s3://{bucket}/{folder.name}"
-
-    yield place, StorageSpec(endpoint_url=server.endpoint_url)
-    for page in client.get_paginator("list_objects_v2").paginate(Bucket=bucket):
-        for item in page.get("Contents", []):  # the server's memory is bounded
-            client.delete_object(Bucket=bucket, Key=item["Key"])
 
 
 def label(source: str, lake: str, *overrides: str, storage: StorageSpec | None = None) -> Summary:
@@ -182,7 +160,7 @@ def test_a_job_over_the_wire_finds_and_leaves_everything_in_the_bucket(
     summary = label(source, lake, "unit.max_images=2", storage=storage)
     assert (summary.ok, len(rows(lake, storage))) == (9, 9)
     assert label(source, lake, storage=storage).status == "nothing_to_do"
-    kept = {key.split("/")[1] for key in s3_bucket.list("lake/")}
+    kept = {key.split("/")[1] for key in s3_bucket.list_keys("lake/")}
     assert kept == {"labels", "runs", "shard_index", "leases"}
 
 
@@ -212,9 +190,9 @@ def test_the_run_leaves_its_summary_and_its_spec_in_the_lake(tmp_path: Path) -> 
 
 @pytest.mark.parametrize("folder", ["coco_photos", "facades/val"])
 def test_photographs_have_the_same_labels_whichever_way_they_come_in(
-    folder: str, shared_data: Path, tmp_path: Path, storage_place: Place
+    folder: str, shared_data: Path, tmp_path: Path, photo_storage: Place
 ) -> None:
-    place, storage = storage_place
+    place, storage = photo_storage
     photographs = {path.name: path.read_bytes() for path in sorted((shared_data / folder).rglob("*.jpg"))}
     assert len(photographs) in (99, 68)
     labels = {}

@@ -82,6 +82,7 @@ def square(score: float, category_id: int = 1) -> Detections:
     mask = np.zeros((20, 20), dtype=np.uint8, order="F")
     mask[5:15, 5:15] = 1
     rle = coco_mask.encode(mask)["counts"]
+    assert isinstance(rle, bytes)
     return Detections(
         20,
         20,
