@@ -14,7 +14,6 @@ from rich.progress import (
     Progress,
     SpinnerColumn,
     TextColumn,
-    TimeElapsedColumn,
     TimeRemainingColumn,
 )
 
@@ -35,8 +34,8 @@ class Watcher(Protocol):
     def update(self, summary: Summary) -> None:
         """Counts have changed."""
 
-    def stop(self) -> None:
-        """Nothing more will come; called also when the run fails."""
+    def stop(self, summary: Summary) -> None:
+        """Nothing more will come; the summary's status says whether that is because all is done."""
 
 
 class TerminalWatcher:
@@ -46,11 +45,9 @@ class TerminalWatcher:
         self._console = Console(stderr=True)
         self._progress = Progress(
             SpinnerColumn(),
-            BarColumn(bar_width=24),
+            BarColumn(bar_width=10),
             TextColumn("{task.percentage:>3.0f} %"),
             TextColumn("{task.fields[counts]}"),
-            TimeElapsedColumn(),
-            TextColumn("left"),
             TimeRemainingColumn(),
             console=self._console,
         )
@@ -68,12 +65,14 @@ class TerminalWatcher:
     def update(self, summary: Summary) -> None:
         rate = summary.images / max(1e-9, time.monotonic() - self._started)
         counts = (
-            f"{summary.images:,} images ({summary.ok:,} ok, {summary.failed:,} failed), "
-            f"{summary.committed_images:,} committed, {rate:.1f} images/s"
+            f"{summary.ok:,} ok, {summary.failed:,} failed, {summary.committed_images:,} committed, "
+            f"{rate:.1f} images/s"
         )
         self._progress.update(self._task, completed=summary.encoded_bytes, counts=counts)
 
-    def stop(self) -> None:
+    def stop(self, summary: Summary) -> None:
+        if summary.status == "done":  # a tar's headers and padding are not counted as they are read
+            self._progress.update(self._task, completed=self._progress.tasks[0].total)
         self._progress.stop()
 
 
@@ -115,7 +114,7 @@ class JsonWatcher:
             }
         )
 
-    def stop(self) -> None:
+    def stop(self, summary: Summary) -> None:
         """Nothing is held open."""
 
     def _print(self, values: dict[str, Any]) -> None:

@@ -128,7 +128,7 @@ def run_infer(spec: InferSpec, watcher: Watcher) -> Summary:
             summary.error = str(error) or type(error).__name__
             raise
         finally:
-            watcher.stop()
+            watcher.stop(summary)
             summary.seconds = time.monotonic() - started
             run.write_record("summary.json", json.dumps(summary.to_dict(), indent=2))
     return summary

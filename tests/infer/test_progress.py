@@ -32,7 +32,7 @@ def test_a_terminal_gets_a_bar_and_notes_as_they_are(capsys: pytest.CaptureFixtu
     watcher.note("a [note] with brackets")
     watcher.start(1, 1000)
     watcher.update(summary())
-    watcher.stop()
+    watcher.stop(summary())
     assert "a [note] with brackets" in capsys.readouterr().err
 
 
