@@ -52,58 +52,61 @@ class _LabelActor:
         return self._labeler(row)
 
 
-def run_pipeline(
-    tasks: Sequence[ShardTask],
-    spec: InferSpec,
-    storage: Storage,
-    lineage: Lineage,
-    checkpoint: bytes,
-    replica: Replica,
-    plan: PoolPlan,
-) -> Iterator[FinishedUnit]:
+@dataclass(frozen=True)
+class Pipeline:
+    """All that the stages need to know."""
+
+    tasks: Sequence[ShardTask]
+    spec: InferSpec
+    storage: Storage
+    lineage: Lineage
+    checkpoint: bytes
+    replica: Replica
+    pool: PoolPlan
+
+    def reader(self) -> UnitReader:
+        return UnitReader(self.spec.source, self.storage, self.spec.unit.max_bytes, self.pool.max_images)
+
+    def writer(self) -> FragmentWriter:
+        return FragmentWriter(self.storage.normalize(self.spec.lake.uri), self.lineage.model_id, self.storage)
+
+
+def run_pipeline(pipeline: Pipeline) -> Iterator[FinishedUnit]:
     """Finished units as they come, in no order. Closing the iterator stops the pipeline."""
     with _quiet_ray_data():
-        dataset = _build(tasks, spec, storage, lineage, checkpoint, replica, plan)
-        yield from _finished(dataset)
+        yield from _finished(_build(pipeline))
 
 
-def _build(
-    tasks: Sequence[ShardTask],
-    spec: InferSpec,
-    storage: Storage,
-    lineage: Lineage,
-    checkpoint: bytes,
-    replica: Replica,
-    plan: PoolPlan,
-) -> ray.data.Dataset:
+def _build(pipeline: Pipeline) -> ray.data.Dataset:
+    pool = pipeline.pool
     return (
-        ray.data.from_arrow(task_table(tasks))
+        ray.data.from_arrow(task_table(pipeline.tasks))
         .repartition(target_num_rows_per_block=1)  # a shard a task; from_items takes 12 times as long
         .map_batches(
-            UnitReader(spec.source, storage, spec.unit.max_bytes, plan.max_images).__call__,
+            pipeline.reader().__call__,
             batch_size=1,
             batch_format="pyarrow",
-            num_cpus=plan.read_cpus,
+            num_cpus=pool.read_cpus,
         )
         .map_batches(
             _LabelActor,
-            fn_constructor_args=(ray.put(checkpoint), replica, lineage),
+            fn_constructor_args=(ray.put(pipeline.checkpoint), pipeline.replica, pipeline.lineage),
             batch_size=1,
             batch_format="pyarrow",
             compute=ray.data.ActorPoolStrategy(
-                min_size=plan.min_actors,
-                max_size=plan.max_actors,
-                max_tasks_in_flight_per_actor=plan.tasks_in_flight,
+                min_size=pool.min_actors,
+                max_size=pool.max_actors,
+                max_tasks_in_flight_per_actor=pool.tasks_in_flight,
             ),
-            num_cpus=plan.cpus_per_actor,
-            num_gpus=plan.gpus_per_actor or None,
+            num_cpus=pool.cpus_per_actor,
+            num_gpus=pool.gpus_per_actor or None,
             max_task_retries=2,  # Ray's default is to retry a unit that crashes its actor for ever
         )
         .map_batches(
-            FragmentWriter(storage.normalize(spec.lake.uri), lineage.model_id, storage).__call__,
+            pipeline.writer().__call__,
             batch_size=1,
             batch_format="pyarrow",
-            num_cpus=plan.write_cpus,
+            num_cpus=pool.write_cpus,
         )
     )
 

@@ -7,9 +7,7 @@ The driver is the only one that makes labels visible; whatever dies elsewhere, t
 
 from __future__ import annotations
 
-import hashlib
 import json
-import secrets
 import signal
 import socket
 import threading
@@ -17,59 +15,30 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from types import FrameType
 
 import yaml
 from ray.exceptions import RayError
 
 from cluster.profiles import PoolPlan, actor_profile
-from cluster.session import ClusterInfo, cluster_address, connect, shutdown
+from cluster.session import ClusterInfo, connect, shutdown
+from jobs.infer.job import Job, plan, prepare
 from jobs.infer.label import Replica
-from jobs.infer.pipeline import FinishedUnit, run_pipeline
+from jobs.infer.pipeline import FinishedUnit, Pipeline, run_pipeline
 from jobs.infer.progress import Watcher
 from jobs.infer.read import ShardTask
-from jobs.infer.rows import Lineage
 from jobs.infer.summary import Summary
 from jobs.infer.units import ShardReadError
 from jobs.lake.commit import Committer, DeltaStore, app_id
 from jobs.lake.labels_table import LabelsTable
 from jobs.lake.lease import Lease
-from jobs.lake.models import read_checkpoint_bytes
-from jobs.lake.plan import plan_shards
-from jobs.lake.shard_index import load_shard_index, save_shard_index
-from jobs.lake.sources import list_shards
-from jobs.lake.storage import Storage
-from maskrcnn_core.checkpoint import CheckpointError, parse_checkpoint
-from maskrcnn_core.predictor import Precision, default_device, resolve_precision
-from schemas.errors import FailureBudgetExceeded, MasklakeError, UsageError
-from schemas.specs import InferSpec, PoolSpec
+from jobs.lake.shard_index import save_shard_index
+from schemas.errors import FailureBudgetExceeded, MasklakeError
+from schemas.specs import InferSpec
 
 # Below this many images a few bad ones say nothing yet, and the budget is judged at the end only.
 MIN_IMAGES_FOR_BUDGET = 1000
 LEASE_TTL_S = 120.0
-
-
-@dataclass(frozen=True)
-class Job:
-    """A spec made ready: everything checked that can be without reading an image."""
-
-    spec: InferSpec
-    storage: Storage
-    source_uri: str
-    lake_uri: str
-    checkpoint: bytes
-    preset: str
-    model_overrides: dict[str, float | int | None]
-    model_id: str
-    device: str
-    precision: Precision
-    run_id: str
-    spec_hash: str
-
-    @property
-    def lineage(self) -> Lineage:
-        return Lineage(self.source_uri, self.model_id, self.run_id)
 
 
 class InterruptedRunError(MasklakeError):
@@ -92,13 +61,9 @@ def run_infer(spec: InferSpec, watcher: Watcher) -> Summary:
     summary = Summary(
         job.run_id, job.model_id, job.source_uri, job.lake_uri, precision=job.precision, device=job.device
     )
-    tasks, table = _plan(job)
+    tasks, table = plan(job)
     if not tasks:
-        summary.status = "nothing_to_do"
-        summary.committed_version = table.version if table else None
-        summary.seconds = time.monotonic() - started
-        watcher.note(f"nothing to do: every image of {job.source_uri} has labels of {job.model_id}.")
-        return summary
+        return _nothing_to_do(job, summary, table, watcher, started)
 
     job.storage.probe_conditional_put(job.lake_uri)
     holder = f"{job.run_id} on {socket.gethostname()}"
@@ -114,7 +79,9 @@ def run_infer(spec: InferSpec, watcher: Watcher) -> Summary:
             spec.commit.every_images,
         )
         # Planned again now that nobody else commits: another run may have finished since the first look.
-        tasks, _ = _plan(job)
+        tasks, _ = plan(job)
+        if not tasks:
+            return _nothing_to_do(job, summary, table, watcher, started)
         run = _Run(job, committer, lease, summary, watcher, started)
         run.write_record("spec.yaml", yaml.safe_dump(spec.model_dump(mode="json"), sort_keys=False))
         try:
@@ -134,70 +101,14 @@ def run_infer(spec: InferSpec, watcher: Watcher) -> Summary:
     return summary
 
 
-def prepare(spec: InferSpec) -> Job:
-    """Check the spec against the world: storage answers, the checkpoint loads and fits.
-
-    Raises:
-        UsageError: it cannot work; one line says why.
-    """
-    storage = Storage(spec.storage)
-    source_uri, lake_uri = storage.normalize(spec.source.uri), storage.normalize(spec.lake.uri)
-    for uri, what in ((source_uri, "source.uri"), (lake_uri, "lake.uri")):
-        if uri.startswith("memory://"):
-            raise UsageError(
-                f"{what} is {uri}: workers cannot see this process's memory; use a folder, s3:// or gs://."
-            )
-    checkpoint, where = read_checkpoint_bytes(spec.model.uri, storage)
-    device = _actor_device(spec.pool)
-    overrides = spec.model.model_dump(exclude={"uri"})
-    try:
-        parsed = parse_checkpoint(checkpoint, where)
-        precision = resolve_precision(spec.pool.precision, device)
-        if precision == "fp16" and device == "cpu":
-            raise UsageError("pool.precision fp16 needs a GPU and there is none; use fp32, bf16 or auto.")
-        parsed.build(**overrides)  # also refuses weights that do not fit, before a cluster is asked for
-        model_id = parsed.model_id(precision, **overrides)
-    except (CheckpointError, ValueError) as error:
-        raise UsageError(f"model: {error}") from error
-    storage.check_reachable(source_uri, "source.uri")
-    storage.check_reachable(lake_uri, "lake.uri")
-    now = datetime.now(UTC)
-    return Job(
-        spec=spec,
-        storage=storage,
-        source_uri=source_uri,
-        lake_uri=lake_uri,
-        checkpoint=checkpoint,
-        preset=parsed.config.preset,
-        model_overrides=overrides,
-        model_id=model_id,
-        device=device,
-        precision=precision,
-        run_id=f"infer-{now:%Y%m%dT%H%M%SZ}-{secrets.token_hex(3)}",
-        spec_hash=hashlib.blake2b(spec.model_dump_json().encode(), digest_size=8).hexdigest(),
-    )
-
-
-def _actor_device(pool: PoolSpec) -> str:
-    """Where the actors will run. It decides the precision and so model_id, before a local Ray is started."""
-    if pool.gpus_per_actor != "auto":
-        return "cuda" if pool.gpus_per_actor > 0 else "cpu"
-    if cluster_address() is None:
-        return default_device()
-    num_gpus = connect().num_gpus
-    shutdown()
-    return "cuda" if num_gpus >= 1 else "cpu"
-
-
-def _plan(job: Job) -> tuple[list[ShardTask], LabelsTable | None]:
-    """Source minus table, without writing anything; the table is None where the lake has none yet."""
-    shards = list_shards(job.spec.source, job.storage)
-    if not LabelsTable.exists(job.lake_uri, job.storage):
-        return [ShardTask(shard, frozenset()) for shard in shards], None
-    table = LabelsTable.open(job.lake_uri, job.storage)
-    done = table.done_images(job.source_uri, job.model_id, job.spec.failures.retry)
-    index = load_shard_index(job.storage, job.lake_uri, job.source_uri, job.model_id)
-    return [ShardTask(shard, skip) for shard, skip in plan_shards(shards, done, index)], table
+def _nothing_to_do(
+    job: Job, summary: Summary, table: LabelsTable | None, watcher: Watcher, started: float
+) -> Summary:
+    watcher.note(f"nothing to do: every image of {job.source_uri} has labels of {job.model_id}.")
+    summary.status = "nothing_to_do"
+    summary.committed_version = table.version if table else None
+    summary.seconds = time.monotonic() - started
+    return summary
 
 
 @dataclass
@@ -233,19 +144,21 @@ class _Run:
             shutdown()
 
     def _work_on(self, cluster: ClusterInfo, tasks: list[ShardTask]) -> None:
-        plan = self._pool(cluster)
+        pool = self._pool(cluster)
         self.summary.shards = len(tasks)
-        self.summary.actors = plan.max_actors
+        self.summary.actors = pool.max_actors
         self.watcher.start(len(tasks), sum(_shard_bytes(task) for task in tasks))
         replica = Replica(
             self.job.model_overrides,
             self.job.device,
             self.job.precision,
             self.job.spec.pool.batch_size,
-            plan.torch_threads,
+            pool.torch_threads,
         )
         units = run_pipeline(
-            tasks, self.job.spec, self.job.storage, self.job.lineage, self.job.checkpoint, replica, plan
+            Pipeline(
+                tasks, self.job.spec, self.job.storage, self.job.lineage, self.job.checkpoint, replica, pool
+            )
         )
         try:
             for unit in units:

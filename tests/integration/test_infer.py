@@ -17,16 +17,13 @@ import pytest
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from cluster.profiles import PoolPlan
-from jobs.infer.label import Labeler, Replica
-from jobs.infer.pipeline import FinishedUnit
+from jobs.infer.job import prepare
+from jobs.infer.label import Labeler
+from jobs.infer.pipeline import FinishedUnit, Pipeline
 from jobs.infer.progress import JsonWatcher
-from jobs.infer.read import ShardTask, UnitReader
-from jobs.infer.rows import Lineage
-from jobs.infer.run import prepare, run_infer
+from jobs.infer.run import run_infer
 from jobs.infer.summary import Summary
 from jobs.infer.units import UnitReport
-from jobs.infer.write import FragmentWriter
 from jobs.lake.commit import app_id
 from jobs.lake.fragments import Fragment
 from jobs.lake.labels_table import LabelsTable
@@ -45,19 +42,10 @@ pytestmark = pytest.mark.usefixtures("local_ray")
 def straight(monkeypatch: pytest.MonkeyPatch) -> None:
     """The pipeline's own stages in this process, one after another: Ray's actors take 8 s to start."""
 
-    def run_straight(
-        tasks: list[ShardTask],
-        spec: InferSpec,
-        storage: Storage,
-        lineage: Lineage,
-        checkpoint: bytes,
-        replica: Replica,
-        plan: PoolPlan,
-    ) -> Iterator[FinishedUnit]:
-        read = UnitReader(spec.source, storage, spec.unit.max_bytes, plan.max_images)
-        label = Labeler(checkpoint, replica, lineage)
-        write = FragmentWriter(storage.normalize(spec.lake.uri), lineage.model_id, storage)
-        for task in tasks:
+    def run_straight(pipeline: Pipeline) -> Iterator[FinishedUnit]:
+        read, write = pipeline.reader(), pipeline.writer()
+        label = Labeler(pipeline.checkpoint, pipeline.replica, pipeline.lineage)
+        for task in pipeline.tasks:
             for row in read.read_units(task):
                 (written,) = write(label(row)).to_pylist()
                 fragment = written["fragment"] and Fragment.from_row(json.loads(written["fragment"]))

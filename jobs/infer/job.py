@@ -1,0 +1,113 @@
+"""A job made ready: a spec checked against the world, and what of its source is left to do.
+
+Enters: an InferSpec. Leaves: a Job, or a UsageError; then its shards minus what the label table has.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import secrets
+from dataclasses import dataclass
+from datetime import UTC, datetime
+
+from cluster.session import cluster_address, connect, shutdown
+from jobs.infer.read import ShardTask
+from jobs.infer.rows import Lineage
+from jobs.lake.labels_table import LabelsTable
+from jobs.lake.models import read_checkpoint_bytes
+from jobs.lake.plan import plan_shards
+from jobs.lake.shard_index import load_shard_index
+from jobs.lake.sources import list_shards
+from jobs.lake.storage import Storage
+from maskrcnn_core.checkpoint import CheckpointError, parse_checkpoint
+from maskrcnn_core.predictor import Precision, default_device, resolve_precision
+from schemas.errors import UsageError
+from schemas.specs import InferSpec, PoolSpec
+
+
+@dataclass(frozen=True)
+class Job:
+    """A spec made ready: everything checked that can be without reading an image."""
+
+    spec: InferSpec
+    storage: Storage
+    source_uri: str
+    lake_uri: str
+    checkpoint: bytes
+    preset: str
+    model_overrides: dict[str, float | int | None]
+    model_id: str
+    device: str
+    precision: Precision
+    run_id: str
+    spec_hash: str
+
+    @property
+    def lineage(self) -> Lineage:
+        return Lineage(self.source_uri, self.model_id, self.run_id)
+
+
+def prepare(spec: InferSpec) -> Job:
+    """Check the spec against the world: storage answers, the checkpoint loads and fits.
+
+    Raises:
+        UsageError: it cannot work; one line says why.
+    """
+    storage = Storage(spec.storage)
+    source_uri, lake_uri = storage.normalize(spec.source.uri), storage.normalize(spec.lake.uri)
+    for uri, what in ((source_uri, "source.uri"), (lake_uri, "lake.uri")):
+        if uri.startswith("memory://"):
+            raise UsageError(
+                f"{what} is {uri}: workers cannot see this process's memory; use a folder, s3:// or gs://."
+            )
+    checkpoint, where = read_checkpoint_bytes(spec.model.uri, storage)
+    device = _actor_device(spec.pool)
+    overrides = spec.model.model_dump(exclude={"uri"})
+    try:
+        parsed = parse_checkpoint(checkpoint, where)
+        precision = resolve_precision(spec.pool.precision, device)
+        if precision == "fp16" and device == "cpu":
+            raise UsageError("pool.precision fp16 needs a GPU and there is none; use fp32, bf16 or auto.")
+        parsed.build(**overrides)  # also refuses weights that do not fit, before a cluster is asked for
+        model_id = parsed.model_id(precision, **overrides)
+    except (CheckpointError, ValueError) as error:
+        raise UsageError(f"model: {error}") from error
+    storage.check_reachable(source_uri, "source.uri")
+    storage.check_reachable(lake_uri, "lake.uri")
+    now = datetime.now(UTC)
+    return Job(
+        spec=spec,
+        storage=storage,
+        source_uri=source_uri,
+        lake_uri=lake_uri,
+        checkpoint=checkpoint,
+        preset=parsed.config.preset,
+        model_overrides=overrides,
+        model_id=model_id,
+        device=device,
+        precision=precision,
+        run_id=f"infer-{now:%Y%m%dT%H%M%SZ}-{secrets.token_hex(3)}",
+        spec_hash=hashlib.blake2b(spec.model_dump_json().encode(), digest_size=8).hexdigest(),
+    )
+
+
+def _actor_device(pool: PoolSpec) -> str:
+    """Where the actors will run. It decides the precision and so model_id, before a local Ray is started."""
+    if pool.gpus_per_actor != "auto":
+        return "cuda" if pool.gpus_per_actor > 0 else "cpu"
+    if cluster_address() is None:
+        return default_device()
+    num_gpus = connect().num_gpus
+    shutdown()
+    return "cuda" if num_gpus >= 1 else "cpu"
+
+
+def plan(job: Job) -> tuple[list[ShardTask], LabelsTable | None]:
+    """Source minus table, without writing anything; the table is None where the lake has none yet."""
+    shards = list_shards(job.spec.source, job.storage)
+    if not LabelsTable.exists(job.lake_uri, job.storage):
+        return [ShardTask(shard, frozenset()) for shard in shards], None
+    table = LabelsTable.open(job.lake_uri, job.storage)
+    done = table.done_images(job.source_uri, job.model_id, job.spec.failures.retry)
+    index = load_shard_index(job.storage, job.lake_uri, job.source_uri, job.model_id)
+    return [ShardTask(shard, skip) for shard, skip in plan_shards(shards, done, index)], table
