@@ -65,7 +65,8 @@ def label(source: str, lake: str, *overrides: str, storage: StorageSpec | None =
     spec = load_spec(
         InferSpec,
         None,
-        ["model.score_threshold=0.01", *endpoint, *overrides],
+        # The demo's model has never seen a photograph: a low threshold lets it find something there.
+        ["model.score_threshold=0.01", "model.max_detections=20", *endpoint, *overrides],
         **{"source.uri": source, "model.uri": "demo", "lake.uri": lake},
     )
     return run_infer(spec, JsonWatcher())
