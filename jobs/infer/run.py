@@ -85,8 +85,7 @@ def run_infer(spec: InferSpec, watcher: Watcher) -> Summary:
         run = _Run(job, committer, lease, summary, watcher, started)
         run.write_record("spec.yaml", yaml.safe_dump(spec.model_dump(mode="json"), sort_keys=False))
         try:
-            with _stop_on_signals():
-                run.work(tasks)
+            run.work(tasks)
             summary.status = "done"
         except BaseException as error:
             summary.status = (
@@ -161,12 +160,13 @@ class _Run:
             )
         )
         try:
-            for unit in units:
-                self._take(unit)
-                if self.committer.due():
-                    self._commit()
-                    self._check_budget(MIN_IMAGES_FOR_BUDGET)
-                self.watcher.update(self.summary)
+            with _stop_on_signals():
+                for unit in units:
+                    self._take(unit)
+                    if self.committer.due():
+                        self._commit()
+                        self._check_budget(MIN_IMAGES_FOR_BUDGET)
+                    self.watcher.update(self.summary)
         except KeyboardInterrupt:
             self._commit()
             raise InterruptedRunError(
@@ -276,7 +276,7 @@ def _shard_bytes(task: ShardTask) -> int:
 
 @contextmanager
 def _stop_on_signals() -> Iterator[None]:
-    """SIGTERM ends a run as Ctrl-C does: after a last commit."""
+    """SIGTERM ends a run as Ctrl-C does, after a last commit. Set once Ray is up, which takes the signal."""
     if threading.current_thread() is not threading.main_thread():
         yield  # only the main thread may set handlers
         return

@@ -5,15 +5,20 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 import torch
 
+from jobs.demo.lake import write_scene_lake
+from jobs.lake.labels_table import LabelsTable
+from jobs.lake.storage import Storage
 from maskrcnn_core.checkpoint import dump_checkpoint
 from maskrcnn_core.config import lite
 from maskrcnn_core.model import build_model
+from schemas.specs import StorageSpec
 
 if TYPE_CHECKING:
     from tests.integration.conftest import S3Bucket, S3Server
@@ -134,6 +139,32 @@ def test_wrong_credentials_are_refused(
     assert "somebody-elses" not in result.stderr
     assert "Contents" not in client.list_objects_v2(Bucket="locked")
     client.delete_bucket(Bucket="locked")
+
+
+def test_a_terminated_job_commits_what_is_finished_and_the_next_one_goes_on(tmp_path: Path) -> None:
+    write_scene_lake(tmp_path, range(48), num_shards=2)
+    lake = tmp_path / "lake"
+    arguments = ["infer", "--source", str(tmp_path / "images"), "--model", "demo", "--lake", str(lake)]
+    quickly = ["--set", "commit.every_s=0.1", "--set", "unit.max_images=2"]
+    command = [sys.executable, "-m", "jobs.cli", *arguments, *quickly]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as job:
+        deadline = time.monotonic() + 90
+        while not (lake / "labels/_delta_log/00000000000000000001.json").exists():
+            assert job.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        job.terminate()
+        _, errors = job.communicate(timeout=60)
+    assert job.returncode == 1, errors
+    assert "run the same command again to go on" in errors.splitlines()[-1]
+    (record,) = (lake / "runs").glob("*/summary.json")
+    first = json.loads(record.read_text())
+    assert first["status"] == "interrupted"
+    assert 0 < first["committed_images"] < 48
+    second = json.loads(masklake(*arguments, "--json").stdout.splitlines()[-1])
+    assert second["images"] == 48 - first["committed_images"]
+    table = LabelsTable.open(str(lake), Storage(StorageSpec())).dataset().to_table()
+    assert len(set(table["image_id"].to_pylist())) == len(table) == 48
 
 
 def test_the_schema_is_json_that_names_every_section() -> None:
