@@ -8,8 +8,8 @@ from __future__ import annotations
 import json
 import logging
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from typing import cast
 
@@ -71,7 +71,7 @@ class Pipeline:
         return FragmentWriter(self.storage.normalize(self.spec.lake.uri), self.lineage.model_id, self.storage)
 
 
-def run_pipeline(pipeline: Pipeline) -> Iterator[FinishedUnit]:
+def run_pipeline(pipeline: Pipeline) -> Generator[FinishedUnit, None, None]:
     """Finished units as they come, in no order. Closing the iterator stops the pipeline."""
     with _quiet_ray_data():
         yield from _finished(_build(pipeline))
@@ -112,13 +112,16 @@ def _build(pipeline: Pipeline) -> ray.data.Dataset:
 
 
 def _finished(dataset: ray.data.Dataset) -> Iterator[FinishedUnit]:
-    for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
-        for row in cast(pa.Table, batch).to_pylist():
-            fragment = row["fragment"]
-            yield FinishedUnit(
-                UnitReport.from_json(row["report"]),
-                None if fragment is None else Fragment.from_row(json.loads(fragment)),
-            )
+    batches = dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0)
+    # Closed here, while Ray is up: left to the garbage collector, it would ask a Ray that is gone.
+    with closing(cast(Generator[pa.Table, None, None], iter(batches))) as tables:
+        for table in tables:
+            for row in table.to_pylist():
+                fragment = row["fragment"]
+                yield FinishedUnit(
+                    UnitReport.from_json(row["report"]),
+                    None if fragment is None else Fragment.from_row(json.loads(fragment)),
+                )
 
 
 @contextmanager

@@ -13,7 +13,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from types import FrameType
 
@@ -33,7 +33,7 @@ from jobs.lake.commit import Committer, DeltaStore, app_id
 from jobs.lake.labels_table import LabelsTable
 from jobs.lake.lease import Lease
 from jobs.lake.shard_index import save_shard_index
-from schemas.errors import FailureBudgetExceeded, MasklakeError
+from schemas.errors import FailureBudgetExceeded, MasklakeError, StorageError
 from schemas.specs import InferSpec
 
 # Below this many images a few bad ones say nothing yet, and the budget is judged at the end only.
@@ -137,8 +137,6 @@ class _Run:
         cluster = connect()
         try:
             self._work_on(cluster, tasks)
-        except RayError as error:
-            raise _in_our_words(error) from error
         finally:
             shutdown()
 
@@ -160,13 +158,22 @@ class _Run:
             )
         )
         try:
-            with _stop_on_signals():
+            with closing(units), _stop_on_signals():
                 for unit in units:
+                    if unit.report.write_error is not None:
+                        self._commit()
+                        raise StorageError(
+                            f"a worker could not write labels: {unit.report.write_error}; what is committed "
+                            "stays, run the same command again for the rest."
+                        )
                     self._take(unit)
                     if self.committer.due():
                         self._commit()
                         self._check_budget(MIN_IMAGES_FOR_BUDGET)
                     self.watcher.update(self.summary)
+        except RayError:
+            self._commit()  # what was finished is not to be done again
+            raise
         except KeyboardInterrupt:
             self._commit()
             raise InterruptedRunError(
@@ -248,23 +255,6 @@ class _Run:
                 f"{budget:.2%}; all are committed as failed rows with their reasons. Look at them, or raise "
                 "the budget."
             )
-
-
-def _in_our_words(error: RayError) -> Exception:
-    """What a worker failed with: the MasklakeError that stands somewhere behind Ray's, else Ray's own."""
-    cause: BaseException | None = error
-    while cause is not None:
-        if isinstance(cause, MasklakeError):
-            return type(cause)(
-                f"a worker failed: {_last_line(cause)}; what is committed stays, run it again."
-            )
-        cause = getattr(cause, "cause", None) or cause.__cause__
-    return error
-
-
-def _last_line(error: MasklakeError) -> str:
-    """Ray puts the traceback before the message of an error that crossed processes."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[-1]
 
 
 def _shard_bytes(task: ShardTask) -> int:

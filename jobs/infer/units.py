@@ -62,6 +62,7 @@ class UnitReport:
     shard_num_images: int | None = None  # with those that were skipped
     shard_version: str | None = None
     shard_error: str | None = None
+    write_error: str | None = None  # the unit's labels are lost; an exception would lose its type on the way
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))

@@ -11,10 +11,14 @@ import pyarrow as pa
 from jobs.infer.units import WRITTEN_SCHEMA, UnitReport, table_from_bytes
 from jobs.lake.fragments import write_fragment
 from jobs.lake.storage import Storage
+from schemas.errors import StorageError
 
 
 class FragmentWriter:
-    """LABELLED_SCHEMA rows -> WRITTEN_SCHEMA rows; a unit without images has a null fragment."""
+    """LABELLED_SCHEMA rows -> WRITTEN_SCHEMA rows.
+
+    The fragment is null where a unit has no images, and where it could not be written: the report says why.
+    """
 
     def __init__(self, lake_uri: str, model_id: str, storage: Storage) -> None:
         self._lake_uri = lake_uri
@@ -29,8 +33,11 @@ class FragmentWriter:
         fragment = None
         if report.num_images:
             rows = table_from_bytes(row["rows"][0].as_buffer())
-            written = write_fragment(rows, [unit_id], self._lake_uri, self._model_id, self._storage)
-            fragment = json.dumps(written.to_row())
+            try:
+                written = write_fragment(rows, [unit_id], self._lake_uri, self._model_id, self._storage)
+                fragment = json.dumps(written.to_row())
+            except StorageError as error:
+                report.write_error = str(error)
         report.write_s = time.perf_counter() - started
         return pa.table(
             {"unit_id": [unit_id], "report": [report.to_json()], "fragment": [fragment]},

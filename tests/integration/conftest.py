@@ -79,7 +79,7 @@ class S3Bucket:
 @pytest.fixture(scope="session")
 def moto_server() -> Iterator[S3Server]:
     """moto in a process of its own, for deltalake may hold the GIL while it waits; it takes any keys."""
-    (port,) = _free_ports(1)
+    (port,) = free_ports(1)
     command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
         while not _listens(port):
@@ -98,7 +98,7 @@ def rgw_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
             f"no {', '.join(missing)} here: apt-get install --no-install-recommends radosgw ceph-mon ceph-osd"
         )
     folder = tmp_path_factory.mktemp("rgw")
-    port, mon_port = _free_ports(2)
+    port, mon_port = free_ports(2)
     keys = (os.environ["AWS_ACCESS_KEY_ID"], os.environ["AWS_SECRET_ACCESS_KEY"])
     with subprocess.Popen(
         [_RGW_SCRIPT, folder, str(port), str(mon_port), *keys],
@@ -163,7 +163,7 @@ def _fresh_bucket(server: S3Server) -> Iterator[S3Bucket]:
     bucket.client.delete_bucket(Bucket=bucket.name)
 
 
-def _free_ports(count: int) -> list[int]:
+def free_ports(count: int) -> list[int]:
     sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
     ports: list[int] = [sock.getsockname()[1] for sock in sockets]
     for sock in sockets:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -20,20 +19,11 @@ from PIL import Image
 from jobs.lake.labels_table import LabelsTable
 from jobs.lake.storage import Storage
 from schemas.specs import StorageSpec
+from tests.integration.conftest import free_ports
 
 ROOT = Path(__file__).parents[2]
 NUM_RAYLETS = 3
 BIN = Path(sys.executable).parent
-
-
-def free_ports(num: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(num)]
-    for each in sockets:
-        each.bind(("127.0.0.1", 0))
-    ports = [int(each.getsockname()[1]) for each in sockets]
-    for each in sockets:
-        each.close()
-    return ports
 
 
 @dataclass(frozen=True)
@@ -72,7 +62,9 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningCluster
 
     def start(*options: str) -> None:
         """Start a raylet and wait until it runs: several at once time out on a busy machine."""
-        command = [str(BIN / "ray"), "start", *options, *common]
+        (agent_port,) = free_ports(1)  # the default is taken where another Ray runs, and no job is taken then
+        agent = f"--dashboard-agent-listen-port={agent_port}"
+        command = [str(BIN / "ray"), "start", *options, agent, *common]
         with (folder / f"raylet-{len(processes)}.log").open("wb") as log:
             process = subprocess.Popen(command, env=env, stdout=log, stderr=log, start_new_session=True)
         processes.append(process)

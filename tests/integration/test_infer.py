@@ -6,7 +6,7 @@ import io
 import json
 import tarfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +29,7 @@ from jobs.lake.fragments import Fragment
 from jobs.lake.labels_table import LabelsTable
 from jobs.lake.lease import Lease
 from jobs.lake.storage import Storage
-from schemas.errors import FailureBudgetExceeded, LeaseHeldError, UsageError
+from schemas.errors import FailureBudgetExceeded, LeaseHeldError, StorageError, UsageError
 from schemas.specs import InferSpec, StorageSpec, load_spec
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ pytestmark = pytest.mark.usefixtures("local_ray")
 def straight(monkeypatch: pytest.MonkeyPatch) -> None:
     """The pipeline's own stages in this process, one after another: Ray's actors take 8 s to start."""
 
-    def run_straight(pipeline: Pipeline) -> Iterator[FinishedUnit]:
+    def run_straight(pipeline: Pipeline) -> Generator[FinishedUnit, None, None]:
         read, write = pipeline.reader(), pipeline.writer()
         label = Labeler(pipeline.checkpoint, pipeline.replica, pipeline.lineage)
         for task in pipeline.tasks:
@@ -302,3 +302,22 @@ def test_a_second_run_at_the_same_time_is_told_who_is_at_work(tmp_path: Path) ->
         pytest.raises(LeaseHeldError, match="the night shift"),
     ):
         run_infer(spec, JsonWatcher())
+
+
+def test_a_worker_that_cannot_write_ends_the_run_with_one_line(tmp_path: Path) -> None:
+    write_source("tar", tmp_path / "images", scene_files(2))
+    spec = load_spec(
+        InferSpec,
+        None,
+        **{"source.uri": str(tmp_path / "images"), "model.uri": "demo", "lake.uri": str(tmp_path / "lake")},
+    )
+    partition = tmp_path / "lake" / "labels" / f"model_id={prepare(spec).model_id}"
+    partition.parent.mkdir(parents=True)
+    partition.write_text("a file where the partition's folder would stand")
+    with pytest.raises(StorageError) as failure:
+        run_infer(spec, JsonWatcher())
+    assert len(str(failure.value).splitlines()) == 1
+    assert "a worker could not write labels" in str(failure.value)
+    assert partition.name in str(failure.value)
+    (record,) = (tmp_path / "lake" / "runs").glob("*/summary.json")
+    assert json.loads(record.read_text())["status"] == "failed"
