@@ -87,6 +87,8 @@ def run_infer(spec: InferSpec, watcher: Watcher) -> Summary:
         try:
             run.work(tasks)
             summary.status = "done"
+            if summary.images == 0:  # shards that had to be read to know it
+                _nothing_to_do(job, summary, table, watcher, started)
         except BaseException as error:
             summary.status = (
                 "interrupted" if isinstance(error, (InterruptedRunError, KeyboardInterrupt)) else "failed"

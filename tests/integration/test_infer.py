@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import tarfile
 import zlib
 from collections.abc import Callable, Generator
@@ -151,6 +152,17 @@ def test_a_job_over_the_wire_finds_and_leaves_everything_in_the_bucket(
     assert label(source, lake, storage=storage).status == "nothing_to_do"
     kept = {key.split("/")[1] for key in s3_bucket.list_keys("lake/")}
     assert kept == {"labels", "runs", "shard_index", "leases"}
+
+
+@pytest.mark.usefixtures("straight")
+def test_a_shard_that_was_copied_anew_is_read_and_found_done(tmp_path: Path) -> None:
+    write_source("tar", tmp_path / "images", scene_files(4))
+    lake = str(tmp_path / "lake")
+    version = label(str(tmp_path / "images"), lake).committed_version
+    for shard in (tmp_path / "images").iterdir():
+        os.utime(shard, (1, 1))
+    again = label(str(tmp_path / "images"), lake)
+    assert (again.status, again.images, again.committed_version) == ("nothing_to_do", 0, version)
 
 
 @pytest.mark.usefixtures("straight")
