@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import secrets
+from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
@@ -17,7 +18,7 @@ from jobs.lake.labels_table import LabelsTable
 from jobs.lake.models import read_checkpoint_bytes
 from jobs.lake.plan import plan_shards
 from jobs.lake.shard_index import load_shard_index
-from jobs.lake.sources import list_shards
+from jobs.lake.sources import Shard
 from jobs.lake.storage import Storage
 from maskrcnn_core.checkpoint import CheckpointError, parse_checkpoint
 from maskrcnn_core.predictor import Precision, default_device, resolve_precision
@@ -102,9 +103,8 @@ def _actor_device(pool: PoolSpec) -> str:
     return "cuda" if num_gpus >= 1 else "cpu"
 
 
-def plan(job: Job) -> tuple[list[ShardTask], LabelsTable | None]:
-    """Source minus table, without writing anything; the table is None where the lake has none yet."""
-    shards = list_shards(job.spec.source, job.storage)
+def plan(job: Job, shards: Iterable[Shard]) -> tuple[list[ShardTask], LabelsTable | None]:
+    """The source's shards minus the table, without writing anything; the table is None where the lake has none."""
     if not LabelsTable.exists(job.lake_uri, job.storage):
         return [ShardTask(shard, frozenset()) for shard in shards], None
     table = LabelsTable.open(job.lake_uri, job.storage)

@@ -28,17 +28,21 @@ from jobs.infer.pipeline import FinishedUnit, Pipeline, run_pipeline
 from jobs.infer.progress import Watcher
 from jobs.infer.read import ShardTask
 from jobs.infer.summary import Summary
-from jobs.infer.units import ShardReadError
 from jobs.lake.commit import Committer, DeltaStore, app_id
 from jobs.lake.labels_table import LabelsTable
 from jobs.lake.lease import Lease
 from jobs.lake.shard_index import save_shard_index
+from jobs.lake.sources import list_shards
 from schemas.errors import FailureBudgetExceeded, MasklakeError, StorageError
 from schemas.specs import InferSpec
 
 # Below this many images a few bad ones say nothing yet, and the budget is judged at the end only.
 MIN_IMAGES_FOR_BUDGET = 1000
 LEASE_TTL_S = 120.0
+
+
+class ShardReadError(MasklakeError):
+    """Some shards could not be read to their end; the rest is committed and a rerun takes up what is left."""
 
 
 class InterruptedRunError(MasklakeError):
@@ -61,7 +65,8 @@ def run_infer(spec: InferSpec, watcher: Watcher) -> Summary:
     summary = Summary(
         job.run_id, job.model_id, job.source_uri, job.lake_uri, precision=job.precision, device=job.device
     )
-    tasks, table = plan(job)
+    shards = list(list_shards(spec.source, job.storage))  # a listing of millions of keys: once is enough
+    tasks, table = plan(job, shards)
     if not tasks:
         return _nothing_to_do(job, summary, table, watcher, started)
 
@@ -79,7 +84,7 @@ def run_infer(spec: InferSpec, watcher: Watcher) -> Summary:
             spec.commit.every_images,
         )
         # Planned again now that nobody else commits: another run may have finished since the first look.
-        tasks, _ = plan(job)
+        tasks, _ = plan(job, shards)
         if not tasks:
             return _nothing_to_do(job, summary, table, watcher, started)
         run = _Run(job, committer, lease, summary, watcher, started)

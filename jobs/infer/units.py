@@ -18,7 +18,6 @@ from typing import Any, cast
 import pyarrow as pa
 
 from jobs.lake.sources import SourceImage
-from schemas.errors import MasklakeError
 from schemas.labels import ErrorKind
 
 _IMAGE_TYPE = pa.struct(
@@ -120,7 +119,3 @@ def table_to_bytes(table: pa.Table) -> bytes:
 def table_from_bytes(data: pa.Buffer | bytes) -> pa.Table:
     with pa.ipc.open_stream(data) as reader:
         return reader.read_all()
-
-
-class ShardReadError(MasklakeError):
-    """Some shards could not be read to their end; the rest is committed and a rerun takes up what is left."""

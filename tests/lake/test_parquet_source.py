@@ -116,17 +116,22 @@ def test_row_groups_that_are_done_are_not_read(
     assert num_images == 9
 
 
-def test_a_damaged_row_group_costs_its_own_rows_only(read: Read, tmp_path: Path) -> None:
-    marks = [bytes([n]) * 999 for n in range(6)]
+def write_checked(path: Path, columns: dict[str, list[Any]]) -> None:
+    """Row groups of two, values as they are and nowhere else in the file, page checksums."""
     pq.write_table(
-        pa.table({"image": marks}),
-        tmp_path / "s.parquet",
+        pa.table(columns),
+        path,
         row_group_size=2,
         write_page_checksum=True,
         compression="none",
         use_dictionary=False,
         write_statistics=False,
     )
+
+
+def test_a_damaged_row_group_costs_its_own_rows_only(read: Read, tmp_path: Path) -> None:
+    marks = [bytes([n]) * 999 for n in range(6)]
+    write_checked(tmp_path / "s.parquet", {"image": marks})
     data = bytearray((tmp_path / "s.parquet").read_bytes())
     data[data.index(marks[3]) + 500] ^= 1
     (tmp_path / "s.parquet").write_bytes(data)
@@ -145,15 +150,7 @@ def test_a_damaged_row_group_costs_its_own_rows_only(read: Read, tmp_path: Path)
 
 def test_a_damaged_id_column_leaves_rows_that_say_so(read: Read, tmp_path: Path) -> None:
     names = [f"name {n} of an image" for n in range(4)]
-    pq.write_table(
-        pa.table({"key": names, "image": [b"x"] * 4}),
-        tmp_path / "s.parquet",
-        row_group_size=2,
-        write_page_checksum=True,
-        compression="none",
-        use_dictionary=False,
-        write_statistics=False,
-    )
+    write_checked(tmp_path / "s.parquet", {"key": names, "image": [b"x"] * 4})
     data = bytearray((tmp_path / "s.parquet").read_bytes())
     data[data.index(names[0].encode())] ^= 1
     (tmp_path / "s.parquet").write_bytes(data)
