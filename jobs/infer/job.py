@@ -104,7 +104,7 @@ def _actor_device(pool: PoolSpec) -> str:
 
 
 def plan(job: Job, shards: Iterable[Shard]) -> tuple[list[ShardTask], LabelsTable | None]:
-    """The source's shards minus the table, without writing anything; the table is None where the lake has none."""
+    """The source's shards minus the table, nothing written; the table is None where the lake has none yet."""
     if not LabelsTable.exists(job.lake_uri, job.storage):
         return [ShardTask(shard, frozenset()) for shard in shards], None
     table = LabelsTable.open(job.lake_uri, job.storage)

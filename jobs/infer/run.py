@@ -138,6 +138,7 @@ class _Run:
     watcher: Watcher
     started: float
     shards: dict[str, _ShardProgress] = field(default_factory=dict)
+    stop: _Stop = field(default_factory=lambda: _Stop())
 
     def work(self, tasks: list[ShardTask]) -> None:
         """Run the pipeline over the tasks, committing as it goes and once at the end."""
@@ -164,8 +165,8 @@ class _Run:
                 tasks, self.job.spec, self.job.storage, self.job.lineage, self.job.checkpoint, replica, pool
             )
         )
-        try:
-            with closing(units), _stop_on_signals():
+        with closing(units), _stop_on_signals(self.stop):
+            try:
                 for unit in units:
                     if unit.report.write_error is not None:
                         self._commit()
@@ -178,16 +179,18 @@ class _Run:
                         self._commit()
                         self._check_budget(MIN_IMAGES_FOR_BUDGET)
                     self.watcher.update(self.summary)
-        except RayError:
-            self._commit()  # what was finished is not to be done again
-            raise
-        except KeyboardInterrupt:
+                    if self.stop.requested:
+                        raise KeyboardInterrupt
+            except RayError:
+                self._commit()  # what was finished is not to be done again
+                raise
+            except KeyboardInterrupt:
+                self._commit()
+                raise InterruptedRunError(
+                    f"stopped after {self.summary.committed_images} images were committed; run the same "
+                    "command again to go on."
+                ) from None
             self._commit()
-            raise InterruptedRunError(
-                f"stopped after {self.summary.committed_images} images were committed; run the same command "
-                "again to go on."
-            ) from None
-        self._commit()
         self.watcher.update(self.summary)
         self._check_budget(1)
         if self.summary.unread_shards:
@@ -226,6 +229,14 @@ class _Run:
         self.summary.add(report)
 
     def _commit(self) -> None:
+        """Commit whole: cut in two by a signal, it would take its own commit for another run's."""
+        self.stop.deferred = True
+        try:
+            self._commit_finished()
+        finally:
+            self.stop.deferred = False
+
+    def _commit_finished(self) -> None:
         """Make what is finished visible, then remember the shards that are complete."""
         if self.lease.lost:
             raise MasklakeError(
@@ -271,18 +282,28 @@ def _shard_bytes(task: ShardTask) -> int:
     return sum(max(0, info.size) for _, info in task.shard.objects if info is not None)
 
 
+@dataclass
+class _Stop:
+    """Whether a signal asked the run to stop, and whether that has to wait."""
+
+    requested: bool = False
+    deferred: bool = False
+
+    def handle(self, signum: int, frame: FrameType | None) -> None:
+        self.requested = True
+        if not self.deferred:
+            raise KeyboardInterrupt
+
+
 @contextmanager
-def _stop_on_signals() -> Iterator[None]:
-    """SIGTERM ends a run as Ctrl-C does, after a last commit. Set once Ray is up, which takes the signal."""
+def _stop_on_signals(stop: _Stop) -> Iterator[None]:
+    """Ctrl-C and SIGTERM end a run after a last commit. Set once Ray is up, which takes the signals."""
     if threading.current_thread() is not threading.main_thread():
         yield  # only the main thread may set handlers
         return
-
-    def stop(signum: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    previous = signal.signal(signal.SIGTERM, stop)
+    previous = {number: signal.signal(number, stop.handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
