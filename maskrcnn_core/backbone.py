@@ -6,6 +6,7 @@ Layers are torchvision's, and so are the parameter names: `backbone.body.*`, `ba
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 from torch import nn
 from torchvision.models import mobilenet_v2, resnet50, resnet101
@@ -26,7 +27,7 @@ _MOBILENET_TAPS = {"3": 24, "6": 32, "13": 96, "17": 320}
 
 def build_backbone(config: MaskRCNNConfig) -> BackboneWithFPN:
     """The pyramid of Lin et al. on the config's backbone; stages outside `trainable_stages` are frozen."""
-    norm_layer = _norm_layer(config.norm)
+    norm_layer = _norm_layer(config.norm, config.norm_eps)
     fpn_norm: Callable[..., nn.Module] | None = nn.BatchNorm2d if config.fpn_norm else None
     if config.backbone == "mobilenet_v2":
         body: nn.Module = mobilenet_v2(weights=None, norm_layer=norm_layer).features[:18]
@@ -42,6 +43,8 @@ def build_backbone(config: MaskRCNNConfig) -> BackboneWithFPN:
         )
     resnet = {"resnet50": resnet50, "resnet101": resnet101}[config.backbone]
     body = resnet(weights=None, norm_layer=norm_layer)
+    if config.stride_in_1x1:
+        _move_stride_to_1x1(body)
     trained = _RESNET_STAGES[: config.trainable_stages] + (("bn1",) if config.trainable_stages == 5 else ())
     for name, parameter in body.named_parameters():
         if not name.startswith(trained):
@@ -56,18 +59,26 @@ def build_backbone(config: MaskRCNNConfig) -> BackboneWithFPN:
     )
 
 
-def _norm_layer(norm: str) -> Callable[..., nn.Module]:
+def _norm_layer(norm: str, eps: float) -> Callable[..., nn.Module]:
     layers: dict[str, Callable[..., nn.Module]] = {
-        "frozen_bn": FrozenBatchNorm2d,
-        "bn": nn.BatchNorm2d,
-        "gn": _group_norm,
+        "frozen_bn": partial(FrozenBatchNorm2d, eps=eps),
+        "bn": partial(nn.BatchNorm2d, eps=eps),
+        "sync_bn": partial(nn.SyncBatchNorm, eps=eps),  # acts in training, over all workers
+        "gn": partial(_group_norm, eps=eps),
     }
     return layers[norm]
 
 
-def _group_norm(channels: int) -> nn.GroupNorm:
+def _group_norm(channels: int, eps: float) -> nn.GroupNorm:
     """Groups of 8 channels: every width of MobileNetV2 and of ResNet is a multiple of 8."""
-    return nn.GroupNorm(channels // 8, channels)
+    return nn.GroupNorm(channels // 8, channels, eps=eps)
+
+
+def _move_stride_to_1x1(resnet: nn.Module) -> None:
+    """Halve the grid in the first convolution of a stage, as ResNet was released (config.stride_in_1x1)."""
+    for stage in ("layer2", "layer3", "layer4"):
+        block = resnet.get_submodule(stage)[0]  # type: ignore[index]
+        block.conv1.stride, block.conv2.stride = block.conv2.stride, block.conv1.stride
 
 
 def _freeze_blocks(features: nn.Module, trainable_stages: int) -> None:

@@ -115,7 +115,7 @@ def dump_checkpoint(
         "masklake.format": FORMAT,
         "masklake.name": name,
         "masklake.config": json.dumps(model.config.to_dict()),
-        "masklake.fingerprint": weight_fingerprint(weights, model.config),
+        "masklake.fingerprint": weight_fingerprint(weights, model.config.to_dict()),
         "masklake.provenance": json.dumps(dict(provenance or {})),
     }
     return safetensors_save(weights, metadata)
@@ -137,23 +137,28 @@ def parse_checkpoint(data: bytes, where: str) -> Checkpoint:
             "save it with maskrcnn_core.checkpoint.dump_checkpoint."
         )
     try:
-        config = MaskRCNNConfig.from_dict(json.loads(metadata["masklake.config"]))
+        stored_config = json.loads(metadata["masklake.config"])
+        config = MaskRCNNConfig.from_dict(stored_config)
         weights = safetensors_load(data)
         name, stored = metadata["masklake.name"], metadata["masklake.fingerprint"]
         provenance = json.loads(metadata["masklake.provenance"])
     except (KeyError, ValueError, SafetensorError) as error:
         raise CheckpointError(f"{where} is damaged or of a newer version: {error}") from error
-    if weight_fingerprint(weights, config) != stored:
+    if weight_fingerprint(weights, stored_config) != stored:
         raise CheckpointError(
             f"{where}: the weights do not match their fingerprint; the file was altered or damaged."
         )
     return Checkpoint(name, config, weights, stored, provenance)
 
 
-def weight_fingerprint(weights: Mapping[str, Tensor], config: MaskRCNNConfig) -> str:
-    """BLAKE2b-256 over names, types, shapes and bytes of all tensors and over the config."""
+def weight_fingerprint(weights: Mapping[str, Tensor], config: Mapping[str, Any]) -> str:
+    """BLAKE2b-256 over names, types, shapes and bytes of all tensors and over the config.
+
+    Args:
+        config: as it is written in the file: one from before a field existed keeps its fingerprint.
+    """
     digest = hashlib.blake2b(digest_size=32)
-    digest.update(json.dumps(config.to_dict(), sort_keys=True).encode())
+    digest.update(json.dumps(config, sort_keys=True).encode())
     for key in sorted(weights):
         tensor = weights[key].contiguous()
         digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)} ".encode())

@@ -8,7 +8,9 @@ Sources, cited below by their letter:
   [F] Lin et al., "Feature Pyramid Networks", CVPR 2017, arXiv:1612.03144
   [R] Ren et al., "Faster R-CNN", NIPS 2015, arXiv:1506.01497
   [L] Li et al., "Benchmarking Detection Transfer Learning with Vision Transformers", arXiv:2111.11429
+  [H] He et al., "Deep Residual Learning for Image Recognition", CVPR 2016, arXiv:1512.03385
   [T] torchvision, models/detection/mask_rcnn.py (maskrcnn_resnet50_fpn and its v2)
+  [D] Detectron2, detectron2/config/defaults.py and configs/COCO-InstanceSegmentation
 """
 
 from __future__ import annotations
@@ -19,7 +21,8 @@ from dataclasses import dataclass
 from typing import Any
 
 BACKBONES = ("resnet50", "resnet101", "mobilenet_v2")
-NORMS = ("frozen_bn", "bn", "gn")
+NORMS = ("frozen_bn", "bn", "sync_bn", "gn")
+ANCHOR_STRIDES = ("measured", "nominal")
 
 # The 80 categories of COCO 2017 with their official, gapped ids.
 COCO_CATEGORIES: tuple[tuple[int, str], ...] = (
@@ -55,6 +58,8 @@ class MaskRCNNConfig:
     # Backbone and pyramid [F]
     backbone: str = "resnet50"
     norm: str = "frozen_bn"  # [M] fine-tunes with frozen statistics
+    norm_eps: float = 1e-5  # of the backbone; 0 in the weights [T] publishes as COCO_V1
+    stride_in_1x1: bool = False  # [H] as released, and so [D]'s R-50.pkl; [T] puts it into the 3x3
     trainable_stages: int = 3  # [T] of 5, counted from the deepest
     fpn_channels: int = 256  # [F] section 4.2
     fpn_norm: bool = False  # [T] v2 puts batch norm after each FPN convolution
@@ -62,6 +67,8 @@ class MaskRCNNConfig:
     # Region proposals [R], [F]
     anchor_sizes: tuple[int, ...] = (32, 64, 128, 256, 512)  # [F] one scale a level, pixels
     anchor_ratios: tuple[float, ...] = (0.5, 1.0, 2.0)  # height / width
+    anchor_rounding: bool = True  # [T] rounds an anchor's corners to whole pixels; [D] does not
+    anchor_strides: str = "measured"  # [T] padded size // grid size; "nominal": 4 ... 64 [D]
     rpn_convs: int = 1  # [L] uses 2, as does [T] v2
     rpn_positive_iou: float = 0.7  # [R] section 3.1.2
     rpn_negative_iou: float = 0.3
@@ -72,10 +79,11 @@ class MaskRCNNConfig:
     rpn_pre_nms: int = 1000
     rpn_post_nms_train: int = 2000  # proposals an image after NMS
     rpn_post_nms: int = 1000
+    rpn_smooth_l1_beta: float = 1.0 / 9  # where L1 begins: 1 / sigma^2, sigma = 3 as released; 0: plain L1 [D]
 
     # RoI heads [M]
-    roi_sampling_ratio: int = 2
-    roi_aligned: bool = False  # [T]; Detectron2's zoo uses True
+    roi_sampling_ratio: int = 2  # [T]; samples a bin and side; 0: one a feature pixel [D]
+    roi_aligned: bool = False  # [T]; [D] shifts by half a pixel, so that pixel centres meet
     roi_samples: int = 512  # [F]; [M] samples 512 with FPN, 1:3
     roi_positive_fraction: float = 0.25
     roi_iou: float = 0.5
@@ -83,10 +91,13 @@ class MaskRCNNConfig:
     box_head_channels: int = 1024
     box_roi_size: int = 7
     box_delta_weights: tuple[float, float, float, float] = (10.0, 10.0, 5.0, 5.0)  # [R] Caffe release
+    box_class_agnostic: bool = False  # [M] one box a class; True: one for all
+    box_smooth_l1_beta: float = 1.0 / 9  # [T]; 0: plain L1 [D]
     mask_head_channels: int = 256
     mask_head_convs: int = 4
     mask_head_norm: bool = False  # batch norm after each, [T] v2
     mask_roi_size: int = 14  # RoI grid; the mask is twice that, 28 x 28
+    mask_class_agnostic: bool = False  # [M] table 2b compares the two
 
     # Inference [M] section 3.1
     score_threshold: float = 0.05
@@ -107,6 +118,13 @@ class MaskRCNNConfig:
 
         want(self.backbone in BACKBONES, "backbone", f"one of {BACKBONES}")
         want(self.norm in NORMS, "norm", f"one of {NORMS}")
+        want(self.norm_eps >= 0, "norm_eps", "a number >= 0")
+        want(
+            not (self.stride_in_1x1 and self.backbone == "mobilenet_v2"),
+            "stride_in_1x1",
+            "False: only the bottlenecks of a ResNet have a choice",
+        )
+        want(self.anchor_strides in ANCHOR_STRIDES, "anchor_strides", f"one of {ANCHOR_STRIDES}")
         want(self.box_head in ("2fc", "4conv1fc"), "box_head", "'2fc' or '4conv1fc'")
         ids = [category_id for category_id, _ in self.categories]
         want(len(ids) >= 1 and len(set(ids)) == len(ids), "categories", "at least one, with distinct ids")
@@ -117,6 +135,8 @@ class MaskRCNNConfig:
             want(0.0 <= getattr(self, field) <= 1.0, field, "a number from 0 to 1")
         for field in ("max_detections", "min_size_px", "fpn_channels", "rpn_samples", "roi_samples"):
             want(getattr(self, field) >= 1, field, "an integer >= 1")
+        for field in ("roi_sampling_ratio", "rpn_smooth_l1_beta", "box_smooth_l1_beta"):
+            want(getattr(self, field) >= 0, field, "a number >= 0")
         want(self.max_size_px >= self.min_size_px, "max_size_px", f">= min_size_px ({self.min_size_px})")
         want(0 <= self.trainable_stages <= 5, "trainable_stages", "0 to 5")
 
