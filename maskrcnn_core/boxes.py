@@ -67,11 +67,20 @@ def decode_deltas(deltas: Tensor, anchors: Tensor, weights: tuple[float, float, 
     return torch.stack((x - half_w, y - half_h, x + half_w, y + half_h), dim=-1)
 
 
-def clip_boxes(boxes: Tensor, height: float, width: float) -> Tensor:
-    """(..., 4) boxes cut to 0 <= x <= width, 0 <= y <= height."""
-    x = boxes[..., 0::2].clamp(0, width)
-    y = boxes[..., 1::2].clamp(0, height)
-    return torch.stack((x[..., 0], y[..., 0], x[..., 1], y[..., 1]), dim=-1)
+def clip_boxes(boxes: Tensor, sizes: Tensor) -> Tensor:
+    """Cut the boxes of each image to 0 <= x <= width, 0 <= y <= height; NaN stays NaN.
+
+    Args:
+        boxes: (B, N, 4).
+        sizes: (B, 2) height, width.
+    """
+    most = sizes.flip(1).repeat(1, 2)[:, None]
+    return torch.minimum(boxes.clamp(min=0), most)
+
+
+def has_area(boxes: Tensor, min_side_px: float) -> Tensor:
+    """(...) bool of (..., 4) boxes: both sides are at least min_side_px long."""
+    return (boxes[..., 2:] - boxes[..., :2] >= min_side_px).all(dim=-1)
 
 
 def match(

@@ -73,7 +73,7 @@ class Checkpoint:
                 f"classes: {shown}."
             )
         model.load_state_dict(dict(self.weights))  # copies into float32
-        if any(not torch.isfinite(p).all() for p in model.parameters()):
+        if any(not torch.isfinite(tensor).all() for tensor in model.state_dict().values()):
             raise CheckpointError(
                 "the weights hold NaN or infinity; labels made with them would mean nothing."
             )

@@ -15,12 +15,11 @@ pixel by pixel, and no canvas is made. `benchmarks/masks.py` measures what this 
 """
 
 import itertools
-from collections.abc import Callable
-from typing import Any, TypeVar, cast
 
-import numba
 import numpy as np
 from numpy.typing import NDArray
+
+from maskrcnn_core.machine_code import compiled
 
 MAX_COORDINATE_PX = 1e9  # boxes are cut to whole pixels in int64 arithmetic; no image comes near this
 
@@ -29,8 +28,6 @@ _SAFETY = np.float32(1e-5)  # float32 interpolation is off by less than 1e-6: th
 _OUTSIDE, _INSIDE, _MIXED = 0, 1, 2
 _MAX_CODE_CHARS = 13  # of one run: 64 bits, five to a character
 _MAX_COUNT_CHARS = 7  # accepted when reading: 35 bits, more than any image's pixel count
-
-_Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
 def encode_mask_probs(
@@ -188,19 +185,7 @@ def _pixel_boxes(boxes: NDArray[np.float32], scale: float) -> NDArray[np.int64]:
     return np.concatenate((centres - half_sizes, centres + half_sizes), axis=1).astype(np.int64)
 
 
-def _compiled(function: _Function) -> _Function:
-    """The function in machine code, compiled by numba on its first call and kept on disk beside the module.
-
-    Where the installation is read-only numba takes the user's cache folder (or NUMBA_CACHE_DIR). Where
-    nothing can be written it refuses; then every process compiles for itself.
-    """
-    try:
-        return cast(_Function, numba.njit(cache=True, nogil=True)(function))
-    except RuntimeError:
-        return cast(_Function, numba.njit(nogil=True)(function))
-
-
-@_compiled
+@compiled
 def _encode_all(
     probs: NDArray[np.float32], boxes_px: NDArray[np.int64], height: int, width: int, threshold: np.float32
 ) -> tuple[NDArray[np.uint8], NDArray[np.int64], NDArray[np.int32]]:
@@ -227,7 +212,7 @@ def _encode_all(
     return codes, offsets, areas
 
 
-@_compiled
+@compiled
 def _find_edges(
     samples: NDArray[np.float32], box_px: NDArray[np.int64], height: int, width: int, threshold: np.float32
 ) -> tuple[NDArray[np.int64], int]:
@@ -300,7 +285,7 @@ def _find_edges(
     return edges, num_edges
 
 
-@_compiled
+@compiled
 def _plan_strip(
     left_samples: NDArray[np.float32],
     right_samples: NDArray[np.float32],
@@ -338,7 +323,7 @@ def _plan_strip(
     return num_steps
 
 
-@_compiled
+@compiled
 def _toggle(edges: NDArray[np.int64], num_edges: int, pixel: int) -> int:
     """Add an edge; if it falls on the last, a run goes on from a column's foot to the next head: both go."""
     if num_edges > 0 and edges[num_edges - 1] == pixel:
@@ -347,7 +332,7 @@ def _toggle(edges: NDArray[np.int64], num_edges: int, pixel: int) -> int:
     return num_edges + 1
 
 
-@_compiled
+@compiled
 def _sample_axis(
     side: int, size_px: int, first_px: int, num_px: int
 ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
@@ -367,7 +352,7 @@ def _sample_axis(
     return sample, weight
 
 
-@_compiled
+@compiled
 def _write_counts(
     edges: NDArray[np.int64], num_edges: int, num_pixels: int, codes: NDArray[np.uint8], end: int
 ) -> tuple[int, int]:

@@ -1,7 +1,10 @@
 """Mask R-CNN: backbone + FPN, RPN, RoI heads, trained end to end.
 
 Parameter names are torchvision's (`backbone.body…`, `rpn.head…`, `roi_heads.box_head.fc6…`), so its state
-dicts load as they are. Letters: B images, H×W the padded input.
+dicts load as they are. Letters: B images, H×W the padded input, D most detections of an image, M mask side.
+
+Nothing between the images and the detections depends in size on what they show, and nothing waits for the
+device: a batch can be captured as one graph, or exported.
 """
 
 from __future__ import annotations
@@ -11,7 +14,7 @@ from torch import Tensor, nn
 
 from maskrcnn_core.backbone import build_backbone
 from maskrcnn_core.config import MaskRCNNConfig
-from maskrcnn_core.roi_heads import Instances, RawDetections, RoIHeads
+from maskrcnn_core.roi_heads import MAX_CANDIDATES, DetectedBoxes, Instances, RoIHeads, rois_of
 from maskrcnn_core.rpn import RegionProposalNetwork
 
 
@@ -25,15 +28,36 @@ class MaskRCNN(nn.Module):
         self.rpn = RegionProposalNetwork(config)
         self.roi_heads = RoIHeads(config)
 
-    def forward(self, images: Tensor, image_sizes: list[tuple[int, int]]) -> list[RawDetections]:
-        """Detect.
+    def forward(self, images: Tensor, image_sizes: Tensor) -> tuple[DetectedBoxes, Tensor]:
+        """Detect and segment, every row of the result, empty ones too.
 
         Args:
-            images: (B, 3, H, W) float, normalised RGB, zero-padded at the right and the bottom.
-            image_sizes: (height, width) of each image without its padding.
+            images: (B, 3, H, W), normalised RGB, zero-padded at the right and the bottom.
+            image_sizes: (B, 2) float32, height and width of each image without its padding.
+
+        Returns:
+            the detections, and mask_probs (B, D, M, M) float32, each on its box.
+        """
+        found, features = self.detect(images, image_sizes)
+        rois = rois_of(found.boxes)
+        mask_probs = self.mask_probs(features, rois, found.class_indices.flatten())
+        return found, mask_probs.unflatten(0, found.scores.shape)
+
+    def detect(
+        self, images: Tensor, image_sizes: Tensor, max_candidates: int = MAX_CANDIDATES
+    ) -> tuple[DetectedBoxes, list[Tensor]]:
+        """The detections without their masks, and the feature maps that `mask_probs` wants.
+
+        Args:
+            max_candidates: see RoIHeads.detect.
         """
         features = self._features(images)
-        return self.roi_heads(features, self.rpn(features, image_sizes), image_sizes)  # type: ignore[no-any-return]
+        proposals = self.rpn(features, image_sizes)
+        return self.roi_heads.detect(features, proposals, image_sizes, max_candidates), features
+
+    def mask_probs(self, features: list[Tensor], rois: Tensor, class_indices: Tensor) -> Tensor:
+        """(T, M, M) masks of any detections of the batch; see RoIHeads.mask_probs."""
+        return self.roi_heads.mask_probs(features, rois, class_indices)
 
     def losses(
         self, images: Tensor, image_sizes: list[tuple[int, int]], targets: list[Instances]
@@ -44,9 +68,8 @@ class MaskRCNN(nn.Module):
             loss_objectness, loss_rpn_box_reg, loss_classifier, loss_box_reg, loss_mask: scalars.
         """
         features = self._features(images)
-        proposals, rpn_losses = self.rpn.proposals_and_losses(
-            features, image_sizes, [t.boxes for t in targets]
-        )
+        sizes = torch.tensor(image_sizes, dtype=torch.float32, device=images.device)
+        proposals, rpn_losses = self.rpn.proposals_and_losses(features, sizes, [t.boxes for t in targets])
         return rpn_losses | self.roi_heads.losses(features, proposals, targets)
 
     def _features(self, images: Tensor) -> list[Tensor]:

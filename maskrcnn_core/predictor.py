@@ -1,11 +1,12 @@
 """Predictor: photographs in, detections with compressed masks out.
 
 Enters: uint8 RGB images of any size. Leaves: one Detections an image, in pixels of that image.
-Letters: B images of a micro-batch, N detections of an image, M mask side, H×W original size.
+Letters: B images of a micro-batch, D most detections of an image, T detections of the batch, M mask side,
+H×W original size.
 
-The way of a photograph: resize -> normalise -> pad -> network -> boxes back to original pixels -> RLE. Pixels
-and mask probabilities never outlive their micro-batch; masks of one batch are encoded on a second thread
-while the network runs the next.
+The way of a micro-batch: resize, normalise and pad in one operator -> network -> boxes to the CPU (the one
+point where it must know how many there are) -> masks of just these -> M×M probabilities to the CPU -> RLE.
+Masks are encoded on a second thread while the network runs the next micro-batch.
 """
 
 from __future__ import annotations
@@ -17,17 +18,23 @@ from typing import Literal
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from maskrcnn_core.backbone import SIZE_DIVISOR
+from maskrcnn_core.inference import prepare_for_inference
 from maskrcnn_core.masks import encode_mask_probs
 from maskrcnn_core.model import MaskRCNN
-from maskrcnn_core.roi_heads import RawDetections
+from maskrcnn_core.ops import resize_normalize
+from maskrcnn_core.roi_heads import MAX_CANDIDATES
+from maskrcnn_core.shapes import Size, common_shape, input_size, tight_shape
 
 Precision = Literal["fp32", "bf16", "fp16"]
-_AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+Padding = Literal["tight", "common"]
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class NonFiniteError(FloatingPointError):
+    """The network gave NaN or infinity: its weights are damaged, or the precision is too narrow for them."""
 
 
 @dataclass(frozen=True)
@@ -48,16 +55,36 @@ class Detections:
     areas: NDArray[np.int32]
 
 
+@dataclass(frozen=True)
+class _Found:
+    """One image's part of a micro-batch on the CPU, in input pixels; arrays as in Detections."""
+
+    boxes: NDArray[np.float32]
+    scores: NDArray[np.float32]
+    class_indices: NDArray[np.int64]
+    mask_probs: NDArray[np.float32]  # (N, M, M)
+
+
 class Predictor:
     """A model made ready for one device and one precision."""
 
     def __init__(
-        self, model: MaskRCNN, *, device: str = "cpu", precision: Precision = "fp32", batch_size: int = 1
+        self,
+        model: MaskRCNN,
+        *,
+        device: str = "cpu",
+        precision: Precision = "fp32",
+        batch_size: int = 1,
+        padding: Padding = "tight",
     ) -> None:
         """Args:
+            model: is copied; training it further changes nothing here.
             device: "cpu", "cuda" or "cuda:N".
+            precision: "fp32" is the reference; see docs/exactness.md for what the others change.
             batch_size: most images of one forward pass. Only images with the same padded shape share a pass,
                 so that padding does not depend on what else is in the batch.
+            padding: "tight" to multiples of 32; "common" to one of at most seven shapes (shapes.py), so that
+                more images share a pass and a compiler or autotuner meets few shapes.
 
         Raises:
             ValueError: fp16 on a CPU, or a batch size below 1.
@@ -68,14 +95,11 @@ class Predictor:
             raise ValueError(f"batch_size is {batch_size}; wanted >= 1.")
         self.config = model.config
         self._device = torch.device(device)
-        self._model = model.eval().to(self._device).to(memory_format=torch.channels_last)
-        self._dtype = _AUTOCAST[precision]
+        self._dtype = _DTYPES[precision]
+        self._model = prepare_for_inference(model, self._device, self._dtype)
         self._batch_size = batch_size
+        self._padding = padding
         self._category_ids = np.array((0, *model.config.category_ids), dtype=np.int32)  # by class_index
-        self._mean, self._std = (
-            torch.tensor(x, device=self._device).view(1, 3, 1, 1)
-            for x in (model.config.image_mean, model.config.image_std)
-        )
         self._encoder = ThreadPoolExecutor(1, thread_name_prefix="encode-masks")
 
     def predict(self, images: Sequence[NDArray[np.uint8]]) -> list[Detections]:
@@ -89,7 +113,7 @@ class Predictor:
 
         Raises:
             ValueError: an image has another shape or type.
-            FloatingPointError: the network gave NaN for an image.
+            NonFiniteError: the network gave NaN or infinity.
         """
         for image in images:
             if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
@@ -97,83 +121,99 @@ class Predictor:
                     f"an image is {image.shape} {image.dtype}; wanted (H, W, 3) uint8 with H, W >= 1."
                 )
         pending: list[tuple[list[int], Future[list[Detections]]]] = []
-        for batch in self._micro_batches(images):
-            sizes = [images[i].shape[:2] for i in batch]
-            raw, resized = self._forward([images[i] for i in batch])
-            pending.append((batch, self._encoder.submit(self._to_detections, raw, resized, sizes)))
-        found: dict[int, Detections] = {}
-        for batch, future in pending:
-            found.update(zip(batch, future.result(), strict=True))
-        return [found[i] for i in range(len(images))]
+        for shape, indices in self._micro_batches(images):
+            batch = [images[i] for i in indices]
+            sizes = [input_size(self.config, *image.shape[:2]) for image in batch]
+            found = self._forward(batch, sizes, shape)
+            originals = [(image.shape[0], image.shape[1]) for image in batch]
+            pending.append((indices, self._encoder.submit(self._to_detections, found, sizes, originals)))
+        results: dict[int, Detections] = {}
+        for indices, future in pending:
+            results.update(zip(indices, future.result(), strict=True))
+        return [results[i] for i in range(len(images))]
 
-    def _micro_batches(self, images: Sequence[NDArray[np.uint8]]) -> list[list[int]]:
-        """Indices of images that run together: same padded shape, at most batch_size."""
-        by_shape: dict[tuple[int, int], list[int]] = {}
+    def _micro_batches(self, images: Sequence[NDArray[np.uint8]]) -> list[tuple[Size, list[int]]]:
+        """Padded shape and indices of the images that run together, at most batch_size."""
+        by_shape: dict[Size, list[int]] = {}
         for index, image in enumerate(images):
-            height, width = self._input_size(image.shape[0], image.shape[1])
-            by_shape.setdefault((_pad(height), _pad(width)), []).append(index)
+            size = input_size(self.config, image.shape[0], image.shape[1])
+            shape = tight_shape(size) if self._padding == "tight" else common_shape(self.config, size)
+            by_shape.setdefault(shape, []).append(index)
         return [
-            indices[start : start + self._batch_size]
-            for indices in by_shape.values()
+            (shape, indices[start : start + self._batch_size])
+            for shape, indices in by_shape.items()
             for start in range(0, len(indices), self._batch_size)
         ]
 
-    def _input_size(self, height: int, width: int) -> tuple[int, int]:
-        """(height, width) after resizing: shorter side min_size_px unless the longer passes max_size_px."""
-        shorter, longer = np.float32(min(height, width)), np.float32(max(height, width))
-        # float32 and floor as torchvision computes it, so that sizes agree to the pixel
-        scale = float(
-            min(np.float32(self.config.min_size_px) / shorter, np.float32(self.config.max_size_px) / longer)
-        )
-        return max(1, int(height * scale)), max(1, int(width * scale))
-
     @torch.inference_mode()
-    def _forward(self, images: list[NDArray[np.uint8]]) -> tuple[list[RawDetections], list[tuple[int, int]]]:
-        """Run the network on images of one padded shape; results are on the CPU, with the resized sizes."""
-        resized = [self._resize(image) for image in images]
-        sizes = [(int(x.shape[-2]), int(x.shape[-1])) for x in resized]
-        batch = torch.zeros((len(images), 3, _pad(sizes[0][0]), _pad(sizes[0][1])), device=self._device).to(
-            memory_format=torch.channels_last
+    def _forward(self, images: list[NDArray[np.uint8]], sizes: list[Size], shape: Size) -> list[_Found]:
+        """Run the network on images of one padded shape."""
+        batch = self._input(images, sizes, shape)
+        image_sizes = self._to_device(torch.tensor(sizes, dtype=torch.float32))
+        limit = MAX_CANDIDATES
+        while True:
+            found, features = self._model.detect(batch, image_sizes, limit)
+            flags = torch.stack((found.complete, found.finite), dim=1).float()
+            rows = torch.cat((found.boxes, found.scores[..., None], found.class_indices[..., None]), dim=2)
+            packed = torch.cat((rows.flatten(1), flags), dim=1).cpu().numpy()  # the first wait
+            if not packed[:, -1].all():
+                raise NonFiniteError("the network gave values that are not finite; check the weights.")
+            if packed[:, -2].all():
+                break
+            limit *= 8  # rare: thousands of candidates, of which fewer than max_detections survive
+        table = packed[:, :-2].reshape(len(images), -1, 6)
+        image_index, row = np.nonzero(table[..., 5])
+        detections = table[image_index, row]
+        rois = np.column_stack((image_index.astype(np.float32), detections[:, :4]))
+        classes = detections[:, 5].astype(np.int64)
+        mask_probs = self._model.mask_probs(
+            features, self._to_device(torch.from_numpy(rois)), self._to_device(torch.from_numpy(classes))
         )
-        for target, image, (height, width) in zip(batch, resized, sizes, strict=True):
-            target[:, :height, :width] = image[0]
-        with torch.autocast(self._device.type, self._dtype, enabled=self._dtype is not None):
-            raw = self._model(batch, sizes)
+        probs = mask_probs.cpu().numpy()  # the second wait
         return [
-            RawDetections(r.boxes.cpu(), r.scores.cpu(), r.class_indices.cpu(), r.mask_probs.cpu())
-            for r in raw
-        ], sizes
+            _Found(detections[own, :4], detections[own, 4], classes[own], probs[own])
+            for own in (image_index == image for image in range(len(images)))
+        ]
 
-    def _resize(self, image: NDArray[np.uint8]) -> Tensor:
-        """(1, 3, h, w) float32, normalised."""
-        pixels = torch.from_numpy(image).to(self._device).permute(2, 0, 1)[None].float().div_(255.0)
-        size = self._input_size(image.shape[0], image.shape[1])
-        normalised = pixels.sub_(self._mean).div_(self._std)
-        return F.interpolate(normalised, size=size, mode="bilinear", align_corners=False)
+    def _input(self, images: list[NDArray[np.uint8]], sizes: list[Size], shape: Size) -> Tensor:
+        """(B, 3, H, W) of the model's type, on the device."""
+        flat = [image.reshape(-1) for image in images]
+        pixels = torch.from_numpy(flat[0] if len(flat) == 1 else np.concatenate(flat))
+        offsets = np.cumsum([0] + [len(f) for f in flat[:-1]]).tolist()
+        geometry = torch.tensor(
+            [
+                (offset, image.shape[0], image.shape[1], *size)
+                for offset, image, size in zip(offsets, images, sizes, strict=True)
+            ]
+        )
+        mean, std = list(self.config.image_mean), list(self.config.image_std)
+        on_device: Tensor = resize_normalize(
+            self._to_device(pixels), geometry, *shape, mean, std, self._dtype
+        )
+        # float32 is the reference and keeps its memory order: see inference.py
+        return on_device.contiguous() if self._dtype == torch.float32 else on_device
+
+    def _to_device(self, tensor: Tensor) -> Tensor:
+        """Without waiting for what the device is doing."""
+        if self._device.type == "cpu":
+            return tensor
+        return tensor.pin_memory().to(self._device, non_blocking=True)
 
     def _to_detections(
-        self, raw: list[RawDetections], resized: list[tuple[int, int]], sizes: list[tuple[int, int]]
+        self, found: list[_Found], resized: list[Size], originals: list[Size]
     ) -> list[Detections]:
         """Boxes to original pixels, masks to RLE; runs on the encoder thread."""
         results = []
-        for image, (input_h, input_w), (height, width) in zip(raw, resized, sizes, strict=True):
+        for image, (input_h, input_w), (height, width) in zip(found, resized, originals, strict=True):
             scale = np.array([width / input_w, height / input_h] * 2, dtype=np.float32)
-            boxes = image.boxes.float().numpy() * scale
-            if not np.isfinite(boxes).all():
-                raise FloatingPointError("the network gave a box that is not finite; check the weights.")
-            probs = image.mask_probs.float().numpy()
-            rles, areas = encode_mask_probs(probs, boxes, height, width, self.config.mask_threshold)
-            results.append(
-                Detections(
-                    height,
-                    width,
-                    boxes,
-                    image.scores.float().numpy(),
-                    self._category_ids[image.class_indices.numpy()],
-                    rles,
-                    areas,
-                )
+            boxes = image.boxes * scale
+            if not np.isfinite(image.mask_probs).all():
+                raise NonFiniteError("the network gave a mask that is not finite; check the weights.")
+            rles, areas = encode_mask_probs(
+                image.mask_probs, boxes, height, width, self.config.mask_threshold
             )
+            category_ids = self._category_ids[image.class_indices]
+            results.append(Detections(height, width, boxes, image.scores, category_ids, rles, areas))
         return results
 
 
@@ -186,10 +226,6 @@ def resolve_precision(precision: str, device: str) -> Precision:
     """What "auto" means on a device: bf16 on a GPU, fp32 on a CPU, where it is the reference."""
     if precision == "auto":
         return "bf16" if device.startswith("cuda") else "fp32"
-    if precision not in _AUTOCAST:
+    if precision not in _DTYPES:
         raise ValueError(f"precision {precision!r}: wanted auto, fp32, bf16 or fp16.")
     return precision  # type: ignore[return-value]
-
-
-def _pad(side: int) -> int:
-    return -(-side // SIZE_DIVISOR) * SIZE_DIVISOR

@@ -1,23 +1,38 @@
 """Region proposal network: P2 ... P6 -> objectness and deltas per anchor -> proposals.
 
-Letters: B images, P levels, A anchors a position, N anchors of an image over all levels, S kept before NMS.
+Letters: B images, P levels, A anchors a position, N_p anchors of a level, N candidates a level, R proposals
+of an image.
 """
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor, nn
-from torchvision.models.detection.anchor_utils import AnchorGenerator
-from torchvision.models.detection.rpn import RPNHead
-from torchvision.ops import batched_nms
+from typing import NamedTuple
 
-from maskrcnn_core.backbone import STRIDES
-from maskrcnn_core.boxes import clip_boxes, decode_deltas, encode_deltas, match, sample_balanced
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.models.detection.rpn import RPNHead
+
+from maskrcnn_core.anchors import pyramid_anchors
+from maskrcnn_core.boxes import clip_boxes, decode_deltas, encode_deltas, has_area, match, sample_balanced
 from maskrcnn_core.config import MaskRCNNConfig
 from maskrcnn_core.losses import rpn_loss
+from maskrcnn_core.ops import nms
 
 RPN_DELTA_WEIGHTS = (1.0, 1.0, 1.0, 1.0)
 MIN_PROPOSAL_PX = 1e-3  # a proposal with a side below this has no area to align
+
+
+class Proposals(NamedTuple):
+    """Of a batch, best first in each image, clipped to it, in input pixels.
+
+    boxes: (B, R, 4) float32, zeros where not valid; valid: (B, R) bool, the first rows of an image;
+    finite: (B,) bool, False where the network gave NaN or infinity.
+    """
+
+    boxes: Tensor
+    valid: Tensor
+    finite: Tensor
 
 
 class RegionProposalNetwork(nn.Module):
@@ -26,27 +41,20 @@ class RegionProposalNetwork(nn.Module):
     def __init__(self, config: MaskRCNNConfig) -> None:
         super().__init__()
         self.config = config
-        self.anchors = AnchorGenerator(
-            sizes=tuple((size,) for size in config.anchor_sizes),
-            aspect_ratios=(config.anchor_ratios,) * len(config.anchor_sizes),
-        )
         self.head = RPNHead(config.fpn_channels, len(config.anchor_ratios), conv_depth=config.rpn_convs)
 
-    def forward(self, features: list[Tensor], image_sizes: list[tuple[int, int]]) -> list[Tensor]:
-        """Proposals of each image, best first.
+    def forward(self, features: list[Tensor], image_sizes: Tensor) -> Proposals:
+        """Proposals of each image.
 
         Args:
             features: P tensors (B, C, H_p, W_p).
-            image_sizes: (height, width) of each image without its padding.
-
-        Returns:
-            B tensors (n, 4), n <= post-NMS limit, clipped to the image; n may be 0.
+            image_sizes: (B, 2) float32, height and width of each image without its padding.
         """
         return self._select(*self._predict(features), image_sizes)
 
     def proposals_and_losses(
-        self, features: list[Tensor], image_sizes: list[tuple[int, int]], gt_boxes: list[Tensor]
-    ) -> tuple[list[Tensor], dict[str, Tensor]]:
+        self, features: list[Tensor], image_sizes: Tensor, gt_boxes: list[Tensor]
+    ) -> tuple[Proposals, dict[str, Tensor]]:
         """The same, and the two losses against the ground truth of each image, (G, 4) each."""
         logits, deltas, anchors = self._predict(features)
         with torch.no_grad():
@@ -62,47 +70,43 @@ class RegionProposalNetwork(nn.Module):
         raw_logits, raw_deltas = self.head(features)
         logits = [x.permute(0, 2, 3, 1).flatten(1).float() for x in raw_logits]
         deltas = [x.unflatten(1, (-1, 4)).permute(0, 3, 4, 1, 2).flatten(1, 3).float() for x in raw_deltas]
-        grid_sizes = [list(x.shape[-2:]) for x in features]
-        device = features[0].device
-        # As torchvision, whose weights were trained so: padded size // grid size, which at P6 is a
-        # little under 64 where the padded size is no multiple of 64. P2 gives the padded size.
-        padded = [side * STRIDES[0] for side in grid_sizes[0]]
-        strides = [
-            [torch.tensor(p // g, device=device) for p, g in zip(padded, grid, strict=True)]
-            for grid in grid_sizes
-        ]
-        self.anchors.set_cell_anchors(torch.float32, device)
-        return logits, deltas, self.anchors.grid_anchors(grid_sizes, strides)
+        grids = tuple((int(x.shape[-2]), int(x.shape[-1])) for x in features)
+        return logits, deltas, pyramid_anchors(self.config, grids, features[0].device)
 
     def _select(
-        self,
-        logits: list[Tensor],
-        deltas: list[Tensor],
-        anchors: list[Tensor],
-        image_sizes: list[tuple[int, int]],
-    ) -> list[Tensor]:
+        self, logits: list[Tensor], deltas: list[Tensor], anchors: list[Tensor], image_sizes: Tensor
+    ) -> Proposals:
         """Top anchors a level, decoded, clipped, NMS level by level, top proposals an image."""
         config = self.config
         pre_nms = config.rpn_pre_nms_train if self.training else config.rpn_pre_nms
         post_nms = config.rpn_post_nms_train if self.training else config.rpn_post_nms
-        scores, boxes, levels = [], [], []
-        for level, (level_logits, level_deltas, level_anchors) in enumerate(
-            zip(logits, deltas, anchors, strict=True)
-        ):
-            top = level_logits.topk(min(pre_nms, level_logits.shape[1]), dim=1)
+        num_candidates = min(pre_nms, max(x.shape[1] for x in logits))
+        level_scores, level_boxes = [], []
+        for of_level, level_deltas, level_anchors in zip(logits, deltas, anchors, strict=True):
+            top = of_level.topk(min(pre_nms, of_level.shape[1]), dim=1)
             top_deltas = level_deltas.gather(1, top.indices[..., None].expand(-1, -1, 4))
-            scores.append(torch.sigmoid(top.values))
-            boxes.append(decode_deltas(top_deltas, level_anchors[top.indices], RPN_DELTA_WEIGHTS))
-            levels.append(torch.full_like(top.indices, level))
-        all_scores, all_boxes, all_levels = torch.cat(scores, 1), torch.cat(boxes, 1), torch.cat(levels, 1)
-        proposals = []
-        for image, (height, width) in enumerate(image_sizes):
-            clipped = clip_boxes(all_boxes[image], height, width)
-            large = ((clipped[:, 2:] - clipped[:, :2]) >= MIN_PROPOSAL_PX).all(dim=1)
-            candidates, image_scores = clipped[large], all_scores[image][large]
-            keep = batched_nms(candidates, image_scores, all_levels[image][large], config.rpn_nms_threshold)
-            proposals.append(candidates[keep[:post_nms]])
-        return proposals
+            boxes = decode_deltas(top_deltas, level_anchors[top.indices], RPN_DELTA_WEIGHTS)
+            missing = num_candidates - top.values.shape[1]
+            level_scores.append(F.pad(top.values.sigmoid(), (0, missing), value=-1.0))
+            level_boxes.append(F.pad(boxes, (0, 0, 0, missing)))
+        scores, boxes = torch.cat(level_scores, 1), torch.cat(level_boxes, 1)  # (B, P*N), (B, P*N, 4)
+        finite = scores.isfinite().all(1) & boxes.isfinite().flatten(1).all(1)
+        boxes = clip_boxes(boxes, image_sizes)
+        valid = (scores >= 0) & has_area(boxes, MIN_PROPOSAL_PX)
+        groups = (-1, num_candidates)  # a level of an image is a group: levels do not suppress each other
+        kept = nms(
+            boxes.reshape(*groups, 4),
+            torch.zeros_like(valid, dtype=torch.int32).reshape(groups),
+            valid.reshape(groups),
+            config.rpn_nms_threshold,
+            post_nms,
+        ).reshape(valid.shape)
+        # stable: of equal scores the finer level comes first, as in torchvision
+        order = torch.where(kept, scores, -1.0).sort(dim=1, descending=True, stable=True)
+        best = order.indices[:, :post_nms]
+        chosen = order.values[:, :post_nms] >= 0
+        proposals = boxes.gather(1, best[..., None].expand(-1, -1, 4))
+        return Proposals(torch.where(chosen[..., None], proposals, 0.0), chosen, finite)
 
     def _losses(
         self, logits: Tensor, deltas: Tensor, anchors: Tensor, gt_boxes: list[Tensor]
@@ -125,6 +129,10 @@ class RegionProposalNetwork(nn.Module):
                 encode_deltas(boxes[matched[positive]], anchors[positive], RPN_DELTA_WEIGHTS)
             )
         objectness, regression = rpn_loss(
-            torch.cat(sampled_logits), torch.cat(labels), torch.cat(positive_deltas), torch.cat(delta_targets)
+            torch.cat(sampled_logits),
+            torch.cat(labels),
+            torch.cat(positive_deltas),
+            torch.cat(delta_targets),
+            config.rpn_smooth_l1_beta,
         )
         return {"loss_objectness": objectness, "loss_rpn_box_reg": regression}

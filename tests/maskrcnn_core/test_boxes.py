@@ -11,6 +11,7 @@ from maskrcnn_core.boxes import (
     clip_boxes,
     decode_deltas,
     encode_deltas,
+    has_area,
     match,
     sample_balanced,
 )
@@ -62,7 +63,16 @@ def test_a_huge_size_delta_is_cut_instead_of_overflowing() -> None:
 
 def test_clipping_keeps_boxes_inside_the_image() -> None:
     boxes = torch.tensor([[-5.0, -5.0, 50.0, 50.0], [10.0, 10.0, 12.0, 12.0]])
-    assert clip_boxes(boxes, 20, 30).tolist() == [[0, 0, 30, 20], [10, 10, 12, 12]]
+    images, sizes = torch.stack((boxes, boxes)), torch.tensor([[20.0, 30.0], [11.0, 100.0]])
+    assert clip_boxes(images, sizes).tolist() == [
+        [[0, 0, 30, 20], [10, 10, 12, 12]],
+        [[0, 0, 50, 11], [10, 10, 12, 11]],
+    ]
+
+
+def test_a_box_has_area_when_both_sides_are_long_enough() -> None:
+    boxes = torch.tensor([[0.0, 0, 1, 1], [0, 0, 1, 0.5], [0, 0, -2, 1], [0, 0, float("nan"), 1]])
+    assert has_area(boxes, 1.0).tolist() == [True, False, False, False]
 
 
 def test_matching_separates_positive_negative_and_ignored() -> None:

@@ -269,7 +269,8 @@ def test_masks_are_encoded_where_no_file_can_be_written(tmp_path: Path) -> None:
     package = tmp_path / "maskrcnn_core"
     package.mkdir()
     (package / "__init__.py").touch()
-    (package / "masks.py").write_bytes(source.read_bytes())
+    for name in ("masks.py", "machine_code.py"):
+        (package / name).write_bytes((source.parent / name).read_bytes())
     (package / "__pycache__").touch()  # a file where numba wants a folder: holds for root too
     script = "import numpy, maskrcnn_core.masks as m; print(m.encode_masks(numpy.ones((1, 2, 2), bool)))"
     environment = {**os.environ, "PYTHONPATH": str(tmp_path), "PYTHONDONTWRITEBYTECODE": "1"}

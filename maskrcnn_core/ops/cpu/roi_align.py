@@ -1,0 +1,116 @@
+"""RoIAlign on CPUs; `maskrcnn_core.ops.roi_align` says what it computes.
+
+With channels last a sample is four contiguous rows of C values: the vector units do the rest.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from maskrcnn_core.machine_code import compiled_fused
+from maskrcnn_core.ops.cpu import as_array, for_each_range, narrow, widen
+
+
+def align(
+    features: list[Tensor],
+    rois: Tensor,
+    levels: Tensor,
+    strides: list[int],
+    side: int,
+    sampling_ratio: int,
+    aligned: bool,
+) -> Tensor:
+    channels = features[0].shape[1]
+    output = torch.empty((len(rois), side, side, channels), dtype=features[0].dtype)
+    pixels = [as_array(f.permute(0, 2, 3, 1).contiguous()) for f in features]
+    roi_array, level_array = rois.contiguous().numpy(), levels.contiguous().numpy()
+    pooled = as_array(output)
+    offset = np.float32(0.5 if aligned else 0.0)
+    for level, (of_level, stride) in enumerate(zip(pixels, strides, strict=True)):
+        chosen = np.flatnonzero(level_array == level)
+        scale = np.float32(1.0 / stride)
+        align_range = partial(
+            _align, of_level, roi_array, chosen, scale, offset, sampling_ratio, not aligned, pooled
+        )
+        for_each_range(align_range, len(chosen), 16)
+    return output.permute(0, 3, 1, 2)
+
+
+@compiled_fused
+def _axis(
+    start: np.float32,
+    bin_size: np.float32,
+    bin_index: int,
+    sample: int,
+    num_samples: int,
+    extent: int,
+) -> tuple[int, int, np.float32, np.float32]:
+    """Neighbours and weights of one sample on one axis; weights of 0 where it lies outside or is NaN."""
+    position = start + bin_index * bin_size + (sample + np.float32(0.5)) * bin_size / np.float32(num_samples)
+    if not (position >= np.float32(-1.0) and position <= np.float32(extent)):
+        return 0, 0, np.float32(0), np.float32(0)
+    position = max(position, np.float32(0))
+    low = int(position)
+    if low >= extent - 1:
+        return extent - 1, extent - 1, np.float32(1), np.float32(0)
+    high_weight = position - np.float32(low)
+    return low, low + 1, np.float32(1) - high_weight, high_weight
+
+
+@compiled_fused
+def _grid(size: np.float32, side: int, sampling_ratio: int) -> int:
+    """Samples a bin on one axis."""
+    if sampling_ratio > 0:
+        return sampling_ratio
+    per_bin = np.ceil(size / np.float32(side))
+    return int(per_bin) if per_bin >= 1 else 0  # also 0 for NaN
+
+
+@compiled_fused
+def _align(
+    pixels: NDArray[Any],
+    rois: NDArray[np.float32],
+    chosen: NDArray[np.int64],
+    scale: np.float32,
+    offset: np.float32,
+    sampling_ratio: int,
+    at_least_one_px: bool,
+    pooled: NDArray[Any],
+    start: int,
+    stop: int,
+) -> None:
+    """The RoIs chosen[start:stop], all of the level whose pixels these are."""
+    side, channels = pooled.shape[1], pooled.shape[3]
+    total = np.empty(channels, np.float32)
+    for r in chosen[start:stop]:
+        image = int(rois[r, 0])
+        x0, y0 = rois[r, 1] * scale - offset, rois[r, 2] * scale - offset
+        width, height = rois[r, 3] * scale - offset - x0, rois[r, 4] * scale - offset - y0
+        if at_least_one_px:
+            width, height = max(width, np.float32(1)), max(height, np.float32(1))
+        bin_w, bin_h = width / np.float32(side), height / np.float32(side)
+        grid_w, grid_h = _grid(width, side, sampling_ratio), _grid(height, side, sampling_ratio)
+        share = np.float32(1) / np.float32(max(grid_w * grid_h, 1))
+        for i in range(side):
+            for j in range(side):
+                total[:] = 0
+                for sy in range(grid_h):
+                    low_y, high_y, wy0, wy1 = _axis(y0, bin_h, i, sy, grid_h, pixels.shape[1])
+                    for sx in range(grid_w):
+                        low_x, high_x, wx0, wx1 = _axis(x0, bin_w, j, sx, grid_w, pixels.shape[2])
+                        a, b = pixels[image, low_y, low_x], pixels[image, low_y, high_x]
+                        c, d = pixels[image, high_y, low_x], pixels[image, high_y, high_x]
+                        wa, wb, wc, wd = wy0 * wx0, wy0 * wx1, wy1 * wx0, wy1 * wx1
+                        for k in range(channels):
+                            total[k] += (
+                                wa * widen(a[k]) + wb * widen(b[k]) + wc * widen(c[k]) + wd * widen(d[k])
+                            )
+                out = pooled[r, i, j]
+                for k in range(channels):
+                    out[k] = narrow(total[k] * share, out[k])
