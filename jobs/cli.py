@@ -1,4 +1,4 @@
-"""The command line: `masklake infer | evaluate | schema | demo | …`.
+"""The command line: `masklake infer | evaluate | schema | model … | demo | …`.
 
 A MasklakeError becomes one line on stderr and its exit status; anything else is our own fault and keeps its
 traceback.
@@ -13,6 +13,7 @@ from typing import Annotated
 
 import typer
 
+from jobs.export.cli import app as model_commands
 from schemas.errors import MasklakeError
 from schemas.specs import SPECS, InferSpec, SourceSpec, StorageSpec, json_schema, load_spec
 
@@ -23,6 +24,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
+app.add_typer(model_commands)
 
 Overrides = Annotated[
     list[str], typer.Option("--set", help="override one setting of the spec: --set pool.batch_size=16")

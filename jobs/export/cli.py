@@ -1,0 +1,143 @@
+"""The commands `masklake model import | export | inspect`; jobs.cli hangs them in."""
+
+from __future__ import annotations
+
+import json
+from enum import StrEnum
+from typing import Annotated, Any
+
+import typer
+
+from schemas.specs import StorageSpec
+
+app = typer.Typer(
+    name="model",
+    help="Models in and out: torchvision, Detectron2; and what a file holds.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+
+Endpoint = Annotated[str | None, typer.Option(help="S3 endpoint; else the environment's AWS_ENDPOINT_URL")]
+Force = Annotated[bool, typer.Option("--force", help="overwrite what is there")]
+Json = Annotated[
+    bool, typer.Option("--json", help="print the result as one JSON object, the last line of stdout")
+]
+
+
+class Format(StrEnum):
+    auto = "auto"
+    torchvision = "torchvision"
+    detectron2 = "detectron2"
+
+
+@app.command("import")
+def import_(
+    source: Annotated[str, typer.Argument(metavar="SRC", help=".pth, .pkl or .safetensors; path or URI")],
+    out: Annotated[str, typer.Argument(metavar="OUT", help="checkpoint to write (.safetensors)")],
+    kind: Annotated[Format, typer.Option("--format", help="auto: by the tensors' names")] = Format.auto,
+    recipe: Annotated[
+        str | None, typer.Option(help="training config of Detectron2's weights; a wrong name lists them")
+    ] = None,
+    name: Annotated[str | None, typer.Option(help="first part of model_id; else SRC's stem")] = None,
+    categories: Annotated[
+        str | None, typer.Option(help="coco, or a COCO-style JSON list; where no file says the names")
+    ] = None,
+    settings: Annotated[
+        list[str], typer.Option("--set", help="a field of the config that no file says: --set norm_eps=0")
+    ] = [],  # noqa: B006 - Typer reads the default, nobody changes it
+    force: Force = False,
+    endpoint_url: Endpoint = None,
+    as_json: Json = False,
+) -> None:
+    """Make a checkpoint out of torchvision's or Detectron2's weights. Nothing in the file is run."""
+    from jobs.export.import_weights import ImportRequest, run_import
+    from jobs.lake.storage import Storage
+
+    request = ImportRequest(source, out, kind.value, recipe, name, categories, settings, force)
+    result = run_import(request, Storage(StorageSpec(endpoint_url=endpoint_url)))
+    if as_json:
+        print(result.to_json())
+        return
+    print(
+        f"{result.out}\n"
+        f"  from         {result.format}{f', recipe {result.recipe}' if result.recipe else ''}\n"
+        f"  preset       {result.preset}, {result.categories} categories, {result.dtype}\n"
+        f"  fingerprint  {result.fingerprint}"
+    )
+
+
+@app.command()
+def export(
+    source: Annotated[str, typer.Argument(metavar="SRC", help="checkpoint (.safetensors), or demo")],
+    out: Annotated[str, typer.Argument(metavar="OUT", help="file to write; .pth is torchvision's")],
+    force: Force = False,
+    endpoint_url: Endpoint = None,
+    as_json: Json = False,
+) -> None:
+    """Write a checkpoint for another project; names and config go into OUT.json beside it."""
+    from jobs.export.export_weights import run_export
+    from jobs.lake.storage import Storage
+
+    result = run_export(source, out, Storage(StorageSpec(endpoint_url=endpoint_url)), force)
+    if as_json:
+        print(result.to_json())
+        return
+    print("\n".join(result.files))
+    target = result.torchvision
+    if target is None:
+        return
+    if target.builder is None:
+        print("  torchvision has no function that builds these layers; its modules have these names.")
+        return
+    arguments = "".join(f", {name}={value!r}" for name, value in target.arguments.items())
+    print(
+        f"  for torchvision.models.detection.{target.builder}(weights=None, weights_backbone=None{arguments})"
+    )
+    if target.differences:
+        fields = ", ".join(f"{name}={value!r}" for name, value in target.differences.items())
+        print(f"  which cannot be told {fields}, and so computes something else with these weights.")
+
+
+@app.command()
+def inspect(
+    source: Annotated[str, typer.Argument(metavar="SRC", help="any model file, or demo")],
+    endpoint_url: Endpoint = None,
+    as_json: Json = False,
+) -> None:
+    """Say what a model file holds: ours, torchvision's or Detectron2's."""
+    from jobs.export.inspect_model import run_inspect
+    from jobs.lake.storage import Storage
+
+    report = run_inspect(source, Storage(StorageSpec(endpoint_url=endpoint_url)))
+    if as_json:
+        print(json.dumps(report))
+    else:
+        _print_table(report)
+
+
+def _print_table(report: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(show_header=False, box=None, pad_edge=False)
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    for name, value in report.items():
+        table.add_row(Text(name.replace("_", " ")), Text(_printable(_cell(name, value))))
+    Console().print(table)
+
+
+def _cell(name: str, value: Any) -> str:
+    if name == "categories":
+        return f"{len(value)}: " + ", ".join(f"{category_id} {label}" for category_id, label in value)
+    if isinstance(value, dict):
+        return "\n".join(f"{key} = {item}" for key, item in value.items()) or "none"
+    if isinstance(value, list):
+        return ", ".join(map(str, value)) or "none"
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+
+
+def _printable(text: str) -> str:
+    """A file's names may hold terminal escapes; line breaks are ours."""
+    return "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text)
