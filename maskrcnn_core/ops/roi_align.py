@@ -77,7 +77,7 @@ def _remember(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
-    """torchvision's gradient, level by level."""
+    """torchvision's gradient, level by level, summed in float32."""
     rois, levels = ctx.saved_tensors
     strides, side, sampling_ratio, aligned = ctx.rest
     gradients = []
@@ -85,8 +85,8 @@ def _backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
         of_level = torch.where(levels == level)[0]
         gradients.append(
             torch.ops.torchvision._roi_align_backward(
-                gradient[of_level].contiguous(),
-                rois[of_level].to(gradient.dtype),
+                gradient[of_level].float().contiguous(),
+                rois[of_level],
                 1.0 / stride,
                 side,
                 side,
