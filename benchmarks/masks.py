@@ -8,19 +8,11 @@ smooth blobs with an outline or two, M = 28. Rounds alternate between the sides,
 machine does slows down both.
 """
 
-import argparse
-import datetime
-import importlib.metadata
-import os
-import platform
-import re
-import shlex
+from __future__ import annotations
+
 import statistics
 import sys
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -28,6 +20,7 @@ from numpy.typing import NDArray
 from pycocotools import mask as coco_mask
 from torchvision.models.detection.roi_heads import paste_masks_in_image
 
+from benchmarks.common.report import arguments, seconds, write_report
 from maskrcnn_core.masks import encode_mask_probs
 
 SIZES = ((480, 640, 50), (1080, 1920, 400))  # height, width, the ratio that must be reached
@@ -53,21 +46,36 @@ class Row:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser = arguments(__doc__)
     parser.add_argument("--rounds", type=int, default=9, help="timed rounds of each side; the median counts")
-    parser.add_argument("--out", type=Path, help="folder for a dated copy of the table")
     args = parser.parse_args()
 
     torch.set_num_threads(1)
-    first_call_s = timed(lambda: encode_mask_probs(*make_detections(1, 10, 10), 10, 10))
+    first_call_s = seconds(lambda: encode_mask_probs(*make_detections(1, 10, 10), 10, 10))
     rows = [measure(height, width, wanted, args.rounds) for height, width, wanted in SIZES]
-    report = make_report(rows, first_call_s, args.rounds)
-    print(report)
-    if args.out:
-        args.out.mkdir(parents=True, exist_ok=True)
-        path = args.out / f"{datetime.date.today().isoformat()}-masks.md"
-        path.write_text(report + "\n")
-        print(f"\nwritten to {path}")
+    write_report(
+        "masks",
+        f"{MASK_SIDE}×{MASK_SIDE} mask probabilities to COCO RLE: {NUM_DETECTIONS} detections, one thread",
+        PACKAGES,
+        [
+            f"median of {args.rounds} rounds; strings identical",
+            f"first call: {first_call_s:.1f} s (loads machine code; the very first compiles it)",
+        ],
+        [
+            ["image", "paste + threshold + pycocotools", "ours", "ratio", "must reach"],
+            *(
+                [
+                    f"{row.width}×{row.height}",
+                    f"{row.reference_ms:.1f} ms",
+                    f"{row.ours_ms:.2f} ms",
+                    f"{row.ratio:.0f}×",
+                    f"{row.wanted}×",
+                ]
+                for row in rows
+            ),
+        ],
+        args.out,
+    )
     if any(row.ratio < row.wanted for row in rows):
         sys.exit("a ratio is below what it must reach")
 
@@ -78,8 +86,8 @@ def measure(height: int, width: int, wanted: int, rounds: int) -> Row:
         sys.exit(f"the strings differ at {width}×{height}: nothing to compare")
     reference_s, ours_s = [], []
     for _ in range(rounds):
-        reference_s.append(timed(lambda: encode_by_pasting(probs, boxes, height, width)))
-        ours = [timed(lambda: encode_mask_probs(probs, boxes, height, width)) for _ in range(9)]
+        reference_s.append(seconds(lambda: encode_by_pasting(probs, boxes, height, width)))
+        ours = [seconds(lambda: encode_mask_probs(probs, boxes, height, width)) for _ in range(9)]
         ours_s.append(statistics.median(ours))
     return Row(height, width, 1e3 * statistics.median(reference_s), 1e3 * statistics.median(ours_s), wanted)
 
@@ -104,41 +112,6 @@ def make_detections(num_detections: int, height: int, width: int) -> tuple[Probs
     y, x = np.mgrid[:MASK_SIDE, :MASK_SIDE] / (MASK_SIDE - 1) * 2 - 1
     logits = 8 * (0.8 - np.hypot(x, y)) + 2.5 * field
     return (1 / (1 + np.exp(-logits))).astype(np.float32), boxes
-
-
-def timed(work: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    work()
-    return time.perf_counter() - start
-
-
-def make_report(rows: list[Row], first_call_s: float, rounds: int) -> str:
-    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in PACKAGES)
-    lines = [
-        f"# {MASK_SIDE}×{MASK_SIDE} mask probabilities to COCO RLE: {NUM_DETECTIONS} detections, one thread",
-        "",
-        f"- date: {datetime.date.today().isoformat()}",
-        f"- hardware: {hardware()}",
-        f"- versions: Python {platform.python_version()}, {versions}",
-        f"- command: `python {shlex.join(sys.argv)}`",
-        f"- median of {rounds} rounds; strings identical",
-        f"- first call: {first_call_s:.1f} s (loads machine code; the very first compiles it)",
-        "",
-        "| image | paste + threshold + pycocotools | ours | ratio | must reach |",
-        "| --- | --- | --- | --- | --- |",
-    ]
-    for row in rows:
-        sides = f"{row.reference_ms:.1f} ms | {row.ours_ms:.2f} ms | {row.ratio:.0f}×"
-        lines.append(f"| {row.width}×{row.height} | {sides} | {row.wanted}× |")
-    return "\n".join(lines)
-
-
-def hardware() -> str:
-    """The processor's model where Linux tells it, its cores, and how busy they were with other work."""
-    info = Path("/proc/cpuinfo")
-    models = re.findall(r"model name\s*: (.+)", info.read_text()) if info.exists() else []
-    name = models[0] if models else platform.machine()
-    return f"{name}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f} at the end"
 
 
 if __name__ == "__main__":

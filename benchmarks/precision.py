@@ -1,0 +1,140 @@
+"""What bfloat16 costs in accuracy: AP of one network on the same annotated photographs in both precisions.
+
+Run:  python benchmarks/precision.py [--photos ../shared/data/coco_photos] [--out benchmarks/results]
+
+No trained r50_fpn can be shipped or downloaded, so one is trained here, on the photographs it is then
+measured on: for the difference between two precisions it does not matter that it knows them by heart. It
+takes some 15 minutes on two cores; --weights keeps the result for another run.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from itertools import cycle
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pycocotools import mask as coco_mask
+
+from benchmarks.common import photographs as photos
+from benchmarks.common.network import same_weights
+from benchmarks.common.report import arguments, write_report
+from jobs.train.loop import Recipe, TrainingBatch, fit
+from maskrcnn_core.checkpoint import dump_checkpoint, parse_checkpoint
+from maskrcnn_core.coco_eval import evaluate_coco
+from maskrcnn_core.model import MaskRCNN
+from maskrcnn_core.ops import resize_normalize
+from maskrcnn_core.predictor import Precision, Predictor
+from maskrcnn_core.roi_heads import Instances
+from maskrcnn_core.shapes import input_size, tight_shape
+
+SIDE_PX = 256  # shorter side: small, so that training ends in minutes
+ALLOWED = 0.001
+KINDS: tuple[Literal["bbox", "segm"], ...] = ("bbox", "segm")
+
+
+def main() -> None:
+    parser = arguments(__doc__)
+    photos.add_options(parser)
+    parser.add_argument("--images", type=int, default=24)
+    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--weights", type=Path, help="checkpoint to use, or to write where there is none")
+    args = parser.parse_args()
+
+    images, truth = photos.load_annotated(args.photos, args.images)
+    if args.weights and args.weights.exists():
+        model = parse_checkpoint(args.weights.read_bytes(), str(args.weights)).build()
+    else:
+        model = train(images, truth, args.steps)
+        if args.weights:
+            args.weights.write_bytes(dump_checkpoint(model, "precision"))
+    ap: dict[str, dict[str, float]] = {}
+    precisions: tuple[Precision, ...] = ("fp32", "bf16")
+    for precision in precisions:
+        predictor = Predictor(model, precision=precision)
+        found = {number: predictor.predict([image])[0] for number, image in enumerate(images, start=1)}
+        ap[precision] = {kind: evaluate_coco(truth, found, kind)["AP"] for kind in KINDS}
+    rows = [["AP", "fp32", "bf16", "difference", "at most"]]
+    for kind, name in (("bbox", "boxes"), ("segm", "masks")):
+        exact, rough = ap["fp32"][kind], ap["bf16"][kind]
+        rows.append([name, f"{exact:.4f}", f"{rough:.4f}", f"{rough - exact:+.4f}", f"{ALLOWED}"])
+    facts = [
+        f"r50_fpn, trained for {args.steps} steps on the {len(images)} photographs "
+        f"({len(truth['annotations'])} instances) that it is measured on; shorter side {SIDE_PX} px",
+    ]
+    write_report(
+        "precision",
+        "bfloat16 against float32: AP on the same labels",
+        ["torch", "torchvision"],
+        facts,
+        rows,
+        args.out,
+    )
+
+
+def train(images: list[photos.Photograph], truth: dict[str, Any], steps: int) -> MaskRCNN:
+    first = torch.from_numpy(images[0].copy()).permute(2, 0, 1) / 255
+    _, model = same_weights(
+        "r50_fpn",
+        first,
+        min_size_px=SIDE_PX,
+        max_size_px=int(SIDE_PX * 5 / 3),
+        roi_samples=128,
+        rpn_post_nms_train=500,
+    )
+    batches = [one_batch(model, image, truth, number) for number, image in enumerate(images, start=1)]
+    recipe = Recipe(steps=steps, learning_rate=3e-4, weight_decay=0.0, warmup_steps=50, ema_decay=0.99)
+    started = time.monotonic()
+
+    def tell(step: int, terms: dict[str, float]) -> None:
+        if step % 50 == 0:
+            total = sum(terms.values())
+            print(f"step {step} of {steps}, {time.monotonic() - started:.0f} s, loss {total:.3f}", flush=True)
+
+    return fit(model, in_turn(batches), recipe, tell)
+
+
+def in_turn(batches: list[TrainingBatch]) -> Iterator[TrainingBatch]:
+    return cycle([batch for batch in batches if len(batch.targets[0].boxes)])
+
+
+def one_batch(model: MaskRCNN, image: photos.Photograph, truth: dict[str, Any], number: int) -> TrainingBatch:
+    config = model.config
+    height, width = image.shape[:2]
+    size = input_size(config, height, width)
+    shape = tight_shape(size)
+    pixels = resize_normalize(
+        torch.from_numpy(image.copy()).flatten(),
+        torch.tensor([[0, height, width, *size]]),
+        *shape,
+        list(config.image_mean),
+        list(config.image_std),
+        torch.float32,
+    )
+    own = [a for a in truth["annotations"] if a["image_id"] == number and not a["iscrowd"]]
+    scale = torch.tensor([size[1] / width, size[0] / height] * 2)
+    corners = [[x, y, x + w, y + h] for x, y, w, h in (a["bbox"] for a in own)]
+    masks = torch.zeros(len(own), *shape, dtype=torch.uint8)
+    for target, annotation in zip(masks, own, strict=True):
+        whole = torch.from_numpy(decode(annotation["segmentation"], height, width))
+        resized = torch.nn.functional.interpolate(whole[None, None].float(), size=size, mode="nearest")
+        target[: size[0], : size[1]] = resized[0, 0].to(torch.uint8)
+    instances = Instances(
+        torch.tensor(corners, dtype=torch.float32).reshape(-1, 4) * scale,
+        torch.tensor(
+            [a["category_id"] for a in own], dtype=torch.int64
+        ),  # of 90 categories: id = class_index
+        masks,
+    )
+    return TrainingBatch(pixels, [size], [instances])
+
+
+def decode(segmentation: Any, height: int, width: int) -> Any:
+    """(H, W) uint8 of COCO's polygons."""
+    return coco_mask.decode(coco_mask.merge(coco_mask.frPyObjects(segmentation, height, width)))
+
+
+if __name__ == "__main__":
+    main()
