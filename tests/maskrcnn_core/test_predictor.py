@@ -5,8 +5,8 @@ from pycocotools import mask as coco_mask
 
 from maskrcnn_core.coco_eval import evaluate_coco
 from maskrcnn_core.config import MaskRCNNConfig
-from maskrcnn_core.model import MaskRCNN
-from maskrcnn_core.predictor import Detections, Predictor, resolve_precision
+from maskrcnn_core.model import MaskRCNN, build_model
+from maskrcnn_core.predictor import Detections, NonFiniteError, Predictor, resolve_precision
 
 
 def noise(height: int, width: int, seed: int = 0) -> NDArray[np.uint8]:
@@ -45,7 +45,7 @@ def test_no_image_gives_no_result(predictor: Predictor) -> None:
     assert predictor.predict([]) == []
 
 
-@pytest.mark.parametrize(("height", "width"), [(1, 1), (1, 3000), (3000, 1)])
+@pytest.mark.parametrize(("height", "width"), [(1, 1), (1, 20_000), (20_000, 1)])
 def test_extreme_shapes_are_labelled(predictor: Predictor, height: int, width: int) -> None:
     (found,) = predictor.predict([noise(height, width)])
     assert (found.height, found.width) == (height, width)
@@ -65,6 +65,37 @@ def test_bf16_finds_about_the_same(tiny_model: MaskRCNN, predictor: Predictor) -
     (rough,) = Predictor(tiny_model, precision="bf16").predict([image])
     assert len(rough.rles) > 0
     assert rough.scores[0] == pytest.approx(exact.scores[0], abs=0.1)
+
+
+@pytest.mark.parametrize("name", ["rpn.head.bbox_pred.bias", "roi_heads.mask_predictor.conv5_mask.bias"])
+def test_damaged_weights_are_an_error_and_no_label(tiny_config: MaskRCNNConfig, name: str) -> None:
+    model = build_model(tiny_config, seed=0)
+    model.get_parameter(name).data[:] = float("nan")
+    with pytest.raises(NonFiniteError, match="not finite"):
+        Predictor(model).predict([noise(64, 64)])
+
+
+def test_common_padding_makes_one_batch_of_many_sizes(tiny_model: MaskRCNN) -> None:
+    images = [noise(30 + 12 * i, 160, i) for i in range(6)]
+    tight, common = Predictor(tiny_model, batch_size=6), Predictor(tiny_model, batch_size=6, padding="common")
+    assert len(tight._micro_batches(images)) > 1
+    assert [indices for _, indices in common._micro_batches(images)] == [[0, 1, 2, 3, 4, 5]]
+    for image, found in zip(images, common.predict(images), strict=True):
+        assert (found.height, found.width) == image.shape[:2]
+        assert (found.boxes[:, 3] <= found.height).all()  # nothing is found in the padding
+
+
+def test_too_few_candidates_are_made_up_for(
+    tiny_config: MaskRCNNConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Hardly any candidate survives the others: the predictor goes on until none is left out."""
+    model = build_model(tiny_config.replace(nms_threshold=0.0, score_threshold=0.01), seed=0)
+    expected = Predictor(model).predict([noise(120, 200)])[0]
+    monkeypatch.setattr("maskrcnn_core.predictor.MAX_CANDIDATES", 2)
+    found = Predictor(model).predict([noise(120, 200)])[0]
+    assert len(found.scores) > 2
+    assert np.array_equal(found.boxes, expected.boxes)
+    assert found.rles == expected.rles
 
 
 def test_fp16_on_a_cpu_is_refused(tiny_model: MaskRCNN) -> None:
