@@ -2,7 +2,7 @@ import pytest
 import torch
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
-from maskrcnn_core.config import lite, r50_fpn
+from maskrcnn_core.config import MaskRCNNConfig, lite, r50_fpn
 from maskrcnn_core.shapes import common_shape, common_shapes, input_size, tight_shape
 
 
@@ -24,14 +24,14 @@ def test_no_side_becomes_zero(height: int, width: int) -> None:
 
 
 @pytest.mark.parametrize("config", [r50_fpn(), lite(), r50_fpn().replace(min_size_px=600, max_size_px=600)])
-def test_every_image_fits_into_one_of_seven_shapes(config: object) -> None:
-    shapes = common_shapes(config)  # type: ignore[arg-type]
+def test_every_image_fits_into_one_of_seven_shapes(config: MaskRCNNConfig) -> None:
+    shapes = common_shapes(config)
     assert len(shapes) <= 7
     assert all(side % 32 == 0 for shape in shapes for side in shape)
     for long_side in [*range(100, 300), 20_000, 2_000_000]:
         for height, width in ((100, long_side), (long_side, 100)):
-            size = input_size(config, height, width)  # type: ignore[arg-type]
-            shape = common_shape(config, size)  # type: ignore[arg-type]
+            size = input_size(config, height, width)
+            shape = common_shape(config, size)
             assert shape in shapes
             assert shape[0] >= size[0]
             assert shape[1] >= size[1]
