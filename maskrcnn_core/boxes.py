@@ -15,6 +15,8 @@ from torchvision.ops import box_iou
 # (Detectron, lib/core/config.py, BBOX_XFORM_CLIP).
 MAX_LOG_SCALE = math.log(1000.0 / 16)
 
+MOST_SHIFTED = 1000  # candidates of an image; see shift_by_label
+
 IGNORED = -1  # neither positive nor negative
 NEGATIVE = -2
 
@@ -81,6 +83,23 @@ def clip_boxes(boxes: Tensor, sizes: Tensor) -> Tensor:
 def has_area(boxes: Tensor, min_side_px: float) -> Tensor:
     """(...) bool of (..., 4) boxes: both sides are at least min_side_px long."""
     return (boxes[..., 2:] - boxes[..., :2] >= min_side_px).all(dim=-1)
+
+
+def shift_by_label(boxes: Tensor, labels: Tensor, valid: Tensor) -> Tensor:
+    """Boxes as torchvision hands them to NMS: each label moved to a place of its own.
+
+    Our NMS knows labels and needs no such thing, but far from the origin float32 is coarse (0.008 px at
+    100,000), which decides now and then whether two boxes overlap by more than the threshold. With more than
+    MOST_SHIFTED candidates in an image torchvision goes label by label instead, and so nothing is moved here.
+
+    Args:
+        boxes: (B, N, 4), not negative; labels: (B, N); valid: (B, N) bool, the candidates.
+
+    Source: torchvision, ops/boxes.py (batched_nms), on a CPU.
+    """
+    largest = torch.where(valid[..., None], boxes, 0.0).amax((1, 2)) if boxes.shape[1] else boxes.sum((1, 2))
+    step = torch.where(valid.sum(1) <= MOST_SHIFTED, largest + 1, 0.0)
+    return boxes + (labels * step[:, None])[..., None]
 
 
 def match(

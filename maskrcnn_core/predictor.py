@@ -178,7 +178,8 @@ class Predictor:
     def _input(self, images: list[NDArray[np.uint8]], sizes: list[Size], shape: Size) -> Tensor:
         """(B, 3, H, W) of the model's type, on the device."""
         flat = [image.reshape(-1) for image in images]
-        pixels = torch.from_numpy(flat[0] if len(flat) == 1 else np.concatenate(flat))
+        together = flat[0] if len(flat) == 1 else np.concatenate(flat)
+        pixels = torch.from_numpy(np.require(together, requirements="W"))  # torch takes no read-only memory
         offsets = np.cumsum([0] + [len(f) for f in flat[:-1]]).tolist()
         geometry = torch.tensor(
             [

@@ -17,7 +17,15 @@ from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredic
 from torchvision.ops import roi_align as align_one_level
 
 from maskrcnn_core.backbone import STRIDES
-from maskrcnn_core.boxes import clip_boxes, decode_deltas, encode_deltas, has_area, match, sample_balanced
+from maskrcnn_core.boxes import (
+    clip_boxes,
+    decode_deltas,
+    encode_deltas,
+    has_area,
+    match,
+    sample_balanced,
+    shift_by_label,
+)
 from maskrcnn_core.config import MaskRCNNConfig
 from maskrcnn_core.losses import box_head_loss, mask_head_loss
 from maskrcnn_core.ops import nms, roi_align
@@ -128,7 +136,8 @@ class RoIHeads(nn.Module):
         boxes = decode_deltas(deltas, _rows(proposals.boxes, roi), config.box_delta_weights)
         boxes = clip_boxes(boxes, image_sizes)
         valid = (scores >= 0) & has_area(boxes, MIN_DETECTION_PX)
-        kept = nms(boxes, classes.to(torch.int32), valid, config.nms_threshold, config.max_detections)
+        shifted = shift_by_label(boxes, classes, valid)
+        kept = nms(shifted, classes.to(torch.int32), valid, config.nms_threshold, config.max_detections)
         # The kept ones to the front, in order: the best has the highest rank.
         num_candidates = kept.shape[1]
         rank = torch.where(kept, torch.arange(num_candidates, 0, -1, device=kept.device), 0)
@@ -209,7 +218,8 @@ class RoIHeads(nn.Module):
             self.config.roi_sampling_ratio,
             self.config.roi_aligned,
         )
-        return pooled
+        # The heads' convolutions round as the memory lies: in the features' order (inference.py).
+        return pooled.contiguous() if features[0].is_contiguous() else pooled
 
     @torch.no_grad()
     def _sample(

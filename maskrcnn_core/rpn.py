@@ -14,7 +14,15 @@ from torch import Tensor, nn
 from torchvision.models.detection.rpn import RPNHead
 
 from maskrcnn_core.anchors import pyramid_anchors
-from maskrcnn_core.boxes import clip_boxes, decode_deltas, encode_deltas, has_area, match, sample_balanced
+from maskrcnn_core.boxes import (
+    clip_boxes,
+    decode_deltas,
+    encode_deltas,
+    has_area,
+    match,
+    sample_balanced,
+    shift_by_label,
+)
 from maskrcnn_core.config import MaskRCNNConfig
 from maskrcnn_core.losses import rpn_loss
 from maskrcnn_core.ops import nms
@@ -94,8 +102,9 @@ class RegionProposalNetwork(nn.Module):
         boxes = clip_boxes(boxes, image_sizes)
         valid = (scores >= 0) & has_area(boxes, MIN_PROPOSAL_PX)
         groups = (-1, num_candidates)  # a level of an image is a group: levels do not suppress each other
+        levels = torch.arange(len(logits), device=boxes.device).repeat_interleave(num_candidates)
         kept = nms(
-            boxes.reshape(*groups, 4),
+            shift_by_label(boxes, levels.expand_as(valid), valid).reshape(*groups, 4),
             torch.zeros_like(valid, dtype=torch.int32).reshape(groups),
             valid.reshape(groups),
             config.rpn_nms_threshold,

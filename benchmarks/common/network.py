@@ -78,7 +78,8 @@ def settle(reference: Any, photograph: Tensor) -> None:
     ):
         hooks.append(module.register_forward_pre_hook(partial(_scale_outputs, spread)))
     reference([photograph])
-    heads.box_predictor.cls_score.bias[0] += 5.0  # most proposals are background
+    reference.rpn.head.cls_logits.bias -= 6.0  # most anchors hold no object,
+    heads.box_predictor.cls_score.bias[0] += 5.0  # and most proposals are background
     for hook in hooks:
         hook.remove()
 

@@ -35,7 +35,8 @@ def roi_align(
     Returns:
         (R, C, S, S) of the features' type, in memory with channels last.
 
-    Source: Mask R-CNN, section 3; torchvision's `roi_align` on one level, to whose sums this is equal.
+    Source: Mask R-CNN, section 3; torchvision's `roi_align` on one level, to which this is equal, on a
+    CPU to the last bit.
     """
     from maskrcnn_core.ops.cpu.roi_align import align  # here: a machine with a GPU can do without Numba
 

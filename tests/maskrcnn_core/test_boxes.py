@@ -14,6 +14,7 @@ from maskrcnn_core.boxes import (
     has_area,
     match,
     sample_balanced,
+    shift_by_label,
 )
 
 WEIGHTS = (10.0, 10.0, 5.0, 5.0)
@@ -106,3 +107,18 @@ def test_sampling_keeps_the_share_of_positives_and_fills_with_negatives() -> Non
 def test_sampling_from_nothing_gives_nothing() -> None:
     positive, negative = sample_balanced(torch.zeros(0, dtype=torch.int64), 16, 0.25)
     assert len(positive) == len(negative) == 0
+
+
+def test_labels_are_moved_apart_as_torchvision_moves_them() -> None:
+    boxes = torch.tensor([[[0.0, 0, 10, 20], [5, 5, 9, 9], [900, 0, 901, 1]]])
+    labels, valid = torch.tensor([[0, 2, 1]]), torch.tensor([[True, True, False]])
+    assert shift_by_label(boxes, labels, valid)[0, :2].tolist() == [[0, 0, 10, 20], [47, 47, 51, 51]]
+
+
+def test_labels_of_many_candidates_stay_where_they_are() -> None:
+    boxes = torch.rand(1, 1001, 4)
+    labels, valid = torch.ones(1, 1001, dtype=torch.int64), torch.ones(1, 1001, dtype=torch.bool)
+    assert torch.equal(shift_by_label(boxes, labels, valid), boxes)
+    assert not torch.equal(
+        shift_by_label(boxes[:, :1000], labels[:, :1000], valid[:, :1000]), boxes[:, :1000]
+    )

@@ -72,6 +72,7 @@ def test_the_predictor_finds_what_torchvision_finds(pair: Pair, photographs: lis
         (found,) = predictor.predict([photograph])
         assert len(found.scores) == len(expected["scores"]) == 60
         assert found.category_ids.tolist() == expected["labels"].tolist()
+        # 1e-3 px and 1e-5 are what is promised; on x86 nothing differs at all (benchmarks/exactness.py)
         assert np.abs(found.boxes - expected["boxes"].numpy()).max() <= 1e-3
         assert np.abs(found.scores - expected["scores"].numpy()).max() <= 1e-5
         pasted = expected["masks"][:, 0].numpy()

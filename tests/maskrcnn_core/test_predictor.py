@@ -41,6 +41,13 @@ def test_an_image_gets_the_same_labels_whatever_it_is_batched_with(predictor: Pr
         assert np.array_equal(alone.category_ids, found.category_ids)
 
 
+def test_an_image_that_may_not_be_written_to_is_read(predictor: Predictor) -> None:
+    image = noise(64, 64)
+    (expected,) = predictor.predict([image])
+    image.flags.writeable = False
+    assert predictor.predict([image])[0].rles == expected.rles
+
+
 def test_no_image_gives_no_result(predictor: Predictor) -> None:
     assert predictor.predict([]) == []
 

@@ -7,7 +7,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from maskrcnn_core.machine_code import compiled_fused
+from maskrcnn_core.machine_code import compiled
 from maskrcnn_core.ops.cpu import for_each_range
 
 
@@ -23,7 +23,7 @@ def suppress(boxes: Tensor, labels: Tensor, valid: Tensor, iou_threshold: float,
     return keep
 
 
-@compiled_fused
+@compiled
 def _suppress(
     boxes: NDArray[np.float32],
     labels: NDArray[np.int32],

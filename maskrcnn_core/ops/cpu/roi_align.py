@@ -1,6 +1,7 @@
 """RoIAlign on CPUs; `maskrcnn_core.ops.roi_align` says what it computes.
 
-With channels last a sample is four contiguous rows of C values: the vector units do the rest.
+With channels last a sample is four contiguous rows of C values: the vector units do the rest. Products and sums
+are rounded one by one and in torchvision's order, so that float32 results are the same bits.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from maskrcnn_core.machine_code import compiled_fused
+from maskrcnn_core.machine_code import compiled
 from maskrcnn_core.ops.cpu import as_array, for_each_range, narrow, widen
 
 
@@ -42,7 +43,7 @@ def align(
     return output.permute(0, 3, 1, 2)
 
 
-@compiled_fused
+@compiled
 def _axis(
     start: np.float32,
     bin_size: np.float32,
@@ -52,7 +53,9 @@ def _axis(
     extent: int,
 ) -> tuple[int, int, np.float32, np.float32]:
     """Neighbours and weights of one sample on one axis; weights of 0 where it lies outside or is NaN."""
-    position = start + bin_index * bin_size + (sample + np.float32(0.5)) * bin_size / np.float32(num_samples)
+    # float32 throughout: Numba makes float64 of an integer and a float32
+    centre = (np.float32(sample) + np.float32(0.5)) * bin_size / np.float32(num_samples)
+    position = start + np.float32(bin_index) * bin_size + centre
     if not (position >= np.float32(-1.0) and position <= np.float32(extent)):
         return 0, 0, np.float32(0), np.float32(0)
     position = max(position, np.float32(0))
@@ -63,7 +66,7 @@ def _axis(
     return low, low + 1, np.float32(1) - high_weight, high_weight
 
 
-@compiled_fused
+@compiled
 def _grid(size: np.float32, side: int, sampling_ratio: int) -> int:
     """Samples a bin on one axis."""
     if sampling_ratio > 0:
@@ -72,7 +75,7 @@ def _grid(size: np.float32, side: int, sampling_ratio: int) -> int:
     return int(per_bin) if per_bin >= 1 else 0  # also 0 for NaN
 
 
-@compiled_fused
+@compiled
 def _align(
     pixels: NDArray[Any],
     rois: NDArray[np.float32],
@@ -96,7 +99,7 @@ def _align(
             width, height = max(width, np.float32(1)), max(height, np.float32(1))
         bin_w, bin_h = width / np.float32(side), height / np.float32(side)
         grid_w, grid_h = _grid(width, side, sampling_ratio), _grid(height, side, sampling_ratio)
-        share = np.float32(1) / np.float32(max(grid_w * grid_h, 1))
+        num_samples = np.float32(max(grid_w * grid_h, 1))
         for i in range(side):
             for j in range(side):
                 total[:] = 0
@@ -113,4 +116,4 @@ def _align(
                             )
                 out = pooled[r, i, j]
                 for k in range(channels):
-                    out[k] = narrow(total[k] * share, out[k])
+                    out[k] = narrow(total[k] / num_samples, out[k])

@@ -54,6 +54,12 @@ def test_an_overlap_of_exactly_the_threshold_is_kept() -> None:
     assert not nms(boxes, labels, valid, 0.499, 2).all()
 
 
+def test_boxes_without_area_are_no_error() -> None:
+    boxes = torch.tensor([[[5.0, 5, 5, 5], [5, 5, 5, 5]]])
+    labels, valid = torch.zeros(1, 2, dtype=torch.int32), torch.ones(1, 2, dtype=torch.bool)
+    assert nms(boxes, labels, valid, 0.5, 2).all()  # 0 / 0 is no overlap
+
+
 @pytest.mark.parametrize("shape", [(0, 5), (2, 0)])
 def test_nothing_in_gives_nothing(shape: tuple[int, int]) -> None:
     kept = nms(
