@@ -17,8 +17,7 @@ def compiled(function: _Function) -> _Function:
     installation is read-only Numba takes the user's cache folder (or NUMBA_CACHE_DIR). Where nothing can be
     written it refuses; then every process compiles for itself.
     """
-    options = {"nogil": True, "error_model": "numpy"}
     try:
-        return cast("_Function", numba.njit(cache=True, **options)(function))
+        return cast("_Function", numba.njit(nogil=True, error_model="numpy", cache=True)(function))
     except RuntimeError:
-        return cast("_Function", numba.njit(**options)(function))
+        return cast("_Function", numba.njit(nogil=True, error_model="numpy")(function))

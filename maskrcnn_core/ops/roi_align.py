@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torchvision.ops  # noqa: F401 (registers the operator of the gradient)
 from torch import Tensor
 
 

@@ -1,7 +1,7 @@
 """RoIAlign on CPUs; `maskrcnn_core.ops.roi_align` says what it computes.
 
-With channels last a sample is four contiguous rows of C values: the vector units do the rest. Products and sums
-are rounded one by one and in torchvision's order, so that float32 results are the same bits.
+With channels last a sample is four contiguous rows of C values: the vector units do the rest. Products and
+sums are rounded one by one and in torchvision's order, so that float32 results are the same bits.
 """
 
 from __future__ import annotations
