@@ -6,12 +6,12 @@ H×W original size.
 
 The way of a micro-batch: resize, normalise and pad in one operator -> network -> boxes to the CPU (the one
 point where it must know how many there are) -> masks of just these -> M×M probabilities to the CPU -> RLE.
-Masks are encoded on a second thread while the network runs the next micro-batch.
+Inputs are made one micro-batch ahead on a second thread, and masks are encoded on a third.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Literal
@@ -100,6 +100,7 @@ class Predictor:
         self._batch_size = batch_size
         self._padding = padding
         self._category_ids = np.array((0, *model.config.category_ids), dtype=np.int32)  # by class_index
+        self._preparer = ThreadPoolExecutor(1, thread_name_prefix="prepare-input")
         self._encoder = ThreadPoolExecutor(1, thread_name_prefix="encode-masks")
 
     def predict(self, images: Sequence[NDArray[np.uint8]]) -> list[Detections]:
@@ -120,12 +121,12 @@ class Predictor:
                 raise ValueError(
                     f"an image is {image.shape} {image.dtype}; wanted (H, W, 3) uint8 with H, W >= 1."
                 )
+        batches = self._micro_batches(images)
         pending: list[tuple[list[int], Future[list[Detections]]]] = []
-        for shape, indices in self._micro_batches(images):
-            batch = [images[i] for i in indices]
-            sizes = [input_size(self.config, *image.shape[:2]) for image in batch]
-            found = self._forward(batch, sizes, shape)
-            originals = [(image.shape[0], image.shape[1]) for image in batch]
+        for (_, indices), inputs in zip(batches, self._inputs(batches, images), strict=True):
+            originals = [(images[i].shape[0], images[i].shape[1]) for i in indices]
+            sizes = [input_size(self.config, *original) for original in originals]
+            found = self._detect(inputs, sizes)
             pending.append((indices, self._encoder.submit(self._to_detections, found, sizes, originals)))
         results: dict[int, Detections] = {}
         for indices, future in pending:
@@ -145,10 +146,22 @@ class Predictor:
             for start in range(0, len(indices), self._batch_size)
         ]
 
+    def _inputs(
+        self, batches: list[tuple[Size, list[int]]], images: Sequence[NDArray[np.uint8]]
+    ) -> Iterator[Tensor]:
+        """The network's input for each micro-batch; the next one is made while one is in use."""
+        ahead: Future[Tensor] | None = None
+        for shape, indices in batches:
+            following = self._preparer.submit(self._input, [images[i] for i in indices], shape)
+            if ahead is not None:
+                yield ahead.result()
+            ahead = following
+        if ahead is not None:
+            yield ahead.result()
+
     @torch.inference_mode()
-    def _forward(self, images: list[NDArray[np.uint8]], sizes: list[Size], shape: Size) -> list[_Found]:
+    def _detect(self, batch: Tensor, sizes: list[Size]) -> list[_Found]:
         """Run the network on images of one padded shape."""
-        batch = self._input(images, sizes, shape)
         image_sizes = self._to_device(torch.tensor(sizes, dtype=torch.float32))
         limit = MAX_CANDIDATES
         while True:
@@ -161,7 +174,7 @@ class Predictor:
             if packed[:, -2].all():
                 break
             limit *= 8  # rare: thousands of candidates, of which fewer than max_detections survive
-        table = packed[:, :-2].reshape(len(images), -1, 6)
+        table = packed[:, :-2].reshape(len(sizes), -1, 6)
         image_index, row = np.nonzero(table[..., 5])
         detections = table[image_index, row]
         rois = np.column_stack((image_index.astype(np.float32), detections[:, :4]))
@@ -172,24 +185,23 @@ class Predictor:
         probs = mask_probs.cpu().numpy()  # the second wait
         return [
             _Found(detections[own, :4], detections[own, 4], classes[own], probs[own])
-            for own in (image_index == image for image in range(len(images)))
+            for own in (image_index == image for image in range(len(sizes)))
         ]
 
-    def _input(self, images: list[NDArray[np.uint8]], sizes: list[Size], shape: Size) -> Tensor:
-        """(B, 3, H, W) of the model's type, on the device."""
+    @torch.inference_mode()
+    def _input(self, images: list[NDArray[np.uint8]], shape: Size) -> Tensor:
+        """(B, 3, H, W) of the model's type, on the device; runs on the preparing thread."""
         flat = [image.reshape(-1) for image in images]
         together = flat[0] if len(flat) == 1 else np.concatenate(flat)
         pixels = torch.from_numpy(np.require(together, requirements="W"))  # torch takes no read-only memory
-        offsets = np.cumsum([0] + [len(f) for f in flat[:-1]]).tolist()
-        geometry = torch.tensor(
-            [
-                (offset, image.shape[0], image.shape[1], *size)
-                for offset, image, size in zip(offsets, images, sizes, strict=True)
-            ]
-        )
+        geometry, offset = [], 0
+        for image in images:
+            height, width = image.shape[:2]
+            geometry.append((offset, height, width, *input_size(self.config, height, width)))
+            offset += image.size
         mean, std = list(self.config.image_mean), list(self.config.image_std)
         on_device: Tensor = resize_normalize(
-            self._to_device(pixels), geometry, *shape, mean, std, self._dtype
+            self._to_device(pixels), torch.tensor(geometry), *shape, mean, std, self._dtype
         )
         # float32 is the reference and keeps its memory order: see inference.py
         return on_device.contiguous() if self._dtype == torch.float32 else on_device

@@ -64,7 +64,11 @@ class Labeler:
             torch.set_num_threads(replica.threads)
         model = parse_checkpoint(checkpoint, "the checkpoint").build(**replica.model_overrides)
         self._predictor = Predictor(
-            model, device=replica.device, precision=replica.precision, batch_size=replica.forward_images
+            model,
+            device=replica.device,
+            precision=replica.precision,
+            batch_size=replica.forward_images,
+            padding="tight" if replica.device == "cpu" else "common",  # of few shapes, so batches fill up
         )
         self._lineage = lineage
         self._node = node
