@@ -275,7 +275,7 @@ def align_masks(masks: Tensor, gt_index: Tensor, boxes: Tensor, side: int, align
 
 def rois_of(boxes: Tensor) -> Tensor:
     """(B, R, 4) boxes of each image -> (B*R, 5) with the image's index in front."""
-    index = torch.arange(len(boxes), device=boxes.device, dtype=boxes.dtype)[:, None, None]
+    index = torch.arange(boxes.shape[0], device=boxes.device, dtype=boxes.dtype)[:, None, None]
     return torch.cat((index.expand(-1, boxes.shape[1], 1), boxes), dim=2).flatten(0, 1)
 
 

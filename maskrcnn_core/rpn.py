@@ -78,7 +78,7 @@ class RegionProposalNetwork(nn.Module):
         raw_logits, raw_deltas = self.head(features)
         logits = [x.permute(0, 2, 3, 1).flatten(1).float() for x in raw_logits]
         deltas = [x.unflatten(1, (-1, 4)).permute(0, 3, 4, 1, 2).flatten(1, 3).float() for x in raw_deltas]
-        grids = tuple((int(x.shape[-2]), int(x.shape[-1])) for x in features)
+        grids = tuple((x.shape[-2], x.shape[-1]) for x in features)
         return logits, deltas, pyramid_anchors(self.config, grids, features[0].device)
 
     def _select(
@@ -102,7 +102,7 @@ class RegionProposalNetwork(nn.Module):
         boxes = clip_boxes(boxes, image_sizes)
         valid = (scores >= 0) & has_area(boxes, MIN_PROPOSAL_PX)
         groups = (-1, num_candidates)  # a level of an image is a group: levels do not suppress each other
-        levels = torch.arange(len(logits), device=boxes.device).repeat_interleave(num_candidates)
+        levels = torch.arange(len(logits), device=boxes.device)[:, None].expand(-1, num_candidates).flatten()
         kept = nms(
             shift_by_label(boxes, levels.expand_as(valid), valid).reshape(*groups, 4),
             torch.zeros_like(valid, dtype=torch.int32).reshape(groups),

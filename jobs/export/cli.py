@@ -12,7 +12,7 @@ from schemas.specs import StorageSpec
 
 app = typer.Typer(
     name="model",
-    help="Models in and out: torchvision, Detectron2; and what a file holds.",
+    help="Models in and out: torchvision, Detectron2, ONNX; and what a file holds.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
@@ -69,12 +69,12 @@ def import_(
 @app.command()
 def export(
     source: Annotated[str, typer.Argument(metavar="SRC", help="checkpoint (.safetensors), or demo")],
-    out: Annotated[str, typer.Argument(metavar="OUT", help="file to write; .pth is torchvision's")],
+    out: Annotated[str, typer.Argument(metavar="OUT", help="file to write: .pth for torchvision, or .onnx")],
     force: Force = False,
     endpoint_url: Endpoint = None,
     as_json: Json = False,
 ) -> None:
-    """Write a checkpoint for another project; names and config go into OUT.json beside it."""
+    """Write a checkpoint for another project; beside a .pth, OUT.json holds names and config."""
     from jobs.export.export_weights import run_export
     from jobs.lake.storage import Storage
 

@@ -19,6 +19,7 @@ from jobs.export.sidecar import Sidecar
 from jobs.lake.models import read_checkpoint_bytes
 from jobs.lake.storage import Storage
 from maskrcnn_core.checkpoint import Checkpoint, parse_checkpoint
+from maskrcnn_core.onnx_export import OnnxNotInstalledError, export_onnx
 from maskrcnn_core.torchvision_format import TorchvisionTarget, torchvision_target
 from schemas.errors import UsageError
 
@@ -45,17 +46,21 @@ def run_export(source: str, out: str, storage: Storage, force: bool = False) -> 
     write = _WRITERS.get(PurePosixPath(uri).suffix)
     if write is None:
         raise UsageError(f"OUT is {uri}; its suffix chooses the format, one of: {', '.join(_WRITERS)}.")
-    refuse_existing([uri, uri + SIDECAR_SUFFIX], storage, force)
+    with_sidecar = write is _torchvision_files
+    refuse_existing([uri, uri + SIDECAR_SUFFIX] if with_sidecar else [uri], storage, force)
     data, where = read_checkpoint_bytes(source, storage)
     try:
         checkpoint = parse_checkpoint(data, where)
         checkpoint.build()  # refuses weights that do not fit, or are not finite
     except ValueError as error:
         raise UsageError(str(error)) from error
-    files = write(checkpoint, uri)
+    try:
+        files = write(checkpoint, uri)
+    except OnnxNotInstalledError as error:
+        raise UsageError(str(error)) from error
     for name, content in files.items():
         write_model_file(name, content, storage, force)
-    target = torchvision_target(checkpoint.config) if write is _torchvision_files else None
+    target = torchvision_target(checkpoint.config) if with_sidecar else None
     return Exported(list(files), checkpoint.fingerprint, target)
 
 
@@ -70,7 +75,13 @@ def _torchvision_files(checkpoint: Checkpoint, uri: str) -> dict[str, bytes]:
     return {uri: weights, uri + SIDECAR_SUFFIX: sidecar.to_json()}
 
 
+def _onnx_files(checkpoint: Checkpoint, uri: str) -> dict[str, bytes]:
+    """One file: its metadata holds config, categories and fingerprint."""
+    return {uri: export_onnx(checkpoint.build(), fingerprint=checkpoint.fingerprint)}
+
+
 _WRITERS: dict[str, Callable[[Checkpoint, str], dict[str, bytes]]] = {
     ".pth": _torchvision_files,
     ".pt": _torchvision_files,
+    ".onnx": _onnx_files,
 }

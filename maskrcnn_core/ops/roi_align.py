@@ -69,7 +69,7 @@ def _(
     sampling_ratio: int,
     aligned: bool,
 ) -> Tensor:
-    return features[0].new_empty((len(rois), side, side, features[0].shape[1])).permute(0, 3, 1, 2)
+    return features[0].new_empty((rois.shape[0], side, side, features[0].shape[1])).permute(0, 3, 1, 2)
 
 
 def _remember(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
