@@ -5,7 +5,7 @@ INSTALLED := .venv/.installed
 BENCHMARKS := $(sort $(wildcard benchmarks/*.py))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-s3 check bench
+.PHONY: help setup demo test test-slow test-s3 check bench
 
 help: ## this list
 	@sed -nE 's/^([a-z0-9-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -24,6 +24,9 @@ demo: setup ## makes a small lake of rendered scenes, labels it, scores the labe
 
 test: setup ## the quick suite
 	@$(BIN)/python -m pytest -q
+
+test-slow: setup ## the tests that take longest: ONNX, GPU kernels in an interpreter, whole detectors
+	@$(BIN)/python -m pytest -q -m slow
 
 test-s3: setup ## the tests against Ceph RGW, a real S3 server
 	@$(BIN)/python -m pytest -q -m s3

@@ -169,6 +169,7 @@ def test_the_mask_head_computes_what_detectron2_does(imported: Imported) -> None
     assert close(logits if imported.network.mask_agnostic else logits[:, 1:], expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "imported",
     ["r50-fpn-3x", "r50-fpn-3x, class-agnostic", "r50-fpn-lsj", "r50-fpn-torchvision"],

@@ -15,6 +15,8 @@ from torch import nn
 from torch.nn.functional import interpolate
 
 from jobs.demo.scenes import render_scene
+from jobs.export.export_weights import run_export
+from jobs.lake.storage import Storage
 from maskrcnn_core.checkpoint import Checkpoint, parse_checkpoint
 from maskrcnn_core.config import lite
 from maskrcnn_core.model import MaskRCNN, build_model
@@ -28,6 +30,7 @@ from maskrcnn_core.onnx_export import (
     export_onnx,
 )
 from maskrcnn_core.ops import nms, roi_align
+from schemas.specs import StorageSpec
 
 DEMO = Path(__file__).parents[2] / "jobs/demo/lite-scenes.safetensors"
 pytestmark = pytest.mark.slow  # PyTorch takes half a minute to trace the network with its sizes left open
@@ -63,9 +66,11 @@ def model(checkpoint: Checkpoint) -> MaskRCNN:
 
 
 @pytest.fixture(scope="module")
-def file(model: MaskRCNN, checkpoint: Checkpoint) -> bytes:
-    """The model with all its sizes left open."""
-    return export_onnx(model, fingerprint=checkpoint.fingerprint)
+def file(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """What `masklake model export demo OUT.onnx` writes: the checkpoint with all its sizes left open."""
+    out = tmp_path_factory.mktemp("onnx") / "demo.onnx"
+    run_export("demo", str(out), Storage(StorageSpec()))
+    return out.read_bytes()
 
 
 @pytest.fixture(scope="module")

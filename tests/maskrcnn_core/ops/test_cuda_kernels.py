@@ -242,6 +242,7 @@ def test_kernels_resize_no_images() -> None:
     assert both_resized([], torch.float32)[0].shape == (0, 3, 20, 352)
 
 
+@pytest.mark.slow
 def test_the_kernels_agree_in_tritons_interpreter() -> None:
     """Runs the tests above on CPU tensors, in a process in which Triton was told to interpret."""
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "test_kernels"]
