@@ -2,9 +2,9 @@
 
 Run:  python benchmarks/exactness.py [--photos ../shared/data/coco_photos] [--out benchmarks/results]
 
-Same weights (benchmarks/common/network.py), same photographs. Against torchvision, detections are compared one
-by one in their order. The other rows compare with our own float32 result of one tightly padded image: there a
-few detections near a threshold come and go, so pairs are made by class and overlap.
+Same weights (benchmarks/common/network.py), same photographs. Against torchvision, detections are compared
+one by one in their order. The other rows compare with our own float32 result of one tightly padded image:
+there a few detections near a threshold come and go, so pairs are made by class and overlap.
 """
 
 from __future__ import annotations
