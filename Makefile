@@ -37,5 +37,5 @@ check: setup ## lint, format, types, import rules
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports
 
-bench: setup ## every benchmark, both sides and the ratio
+bench: setup ## every benchmark, both sides and the ratio; half an hour on two cores
 	@set -e; for script in $(BENCHMARKS); do echo "== $$script"; $(BIN)/python $$script; done

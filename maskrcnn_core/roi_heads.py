@@ -124,9 +124,7 @@ class RoIHeads(nn.Module):
         class_logits, box_deltas = self._predict_boxes(pooled)
         (num_images, num_rois), num_classes = proposals.valid.shape, class_logits.shape[1]
         finite = class_logits.isfinite().all(1) & box_deltas.isfinite().all(1)
-        probs = class_logits.softmax(dim=-1)[:, 1:].reshape(
-            num_images, num_rois, num_classes - 1
-        )  # (B, R, K-1)
+        probs = class_logits.softmax(dim=-1)[:, 1:].reshape(num_images, num_rois, num_classes - 1)
         is_candidate = proposals.valid[..., None] & (probs > config.score_threshold)
         all_scores = torch.where(is_candidate, probs, -1.0).flatten(1)
         scores, chosen = _stable_topk(all_scores, min(max_candidates, all_scores.shape[1]))

@@ -98,11 +98,22 @@ def _resize_rows(
         if bottom != lower_row:
             _resize_line(photograph[bottom], column, column_weight, mean, std, normalized, lower)
             lower_row = bottom
-        weight = row_weight[y]
-        for i in range(to_w * 3):
-            out[i] = narrow(_fma(upper[i], np.float32(1) - weight, lower[i] * weight), out[i])
-        for i in range(to_w * 3, len(out)):
-            out[i] = narrow(zero, out[i])
+        _blend_lines(upper, lower, row_weight[y], to_w * 3, out)
+
+
+@compiled
+def _blend_lines(
+    upper: NDArray[np.float32],
+    lower: NDArray[np.float32],
+    weight: np.float32,
+    length: int,
+    out: NDArray[Any],
+) -> None:
+    """out = upper * (1 - weight) + lower * weight, then zeros."""
+    for i in range(length):
+        out[i] = narrow(_fma(upper[i], np.float32(1) - weight, lower[i] * weight), out[i])
+    for i in range(length, len(out)):
+        out[i] = narrow(np.float32(0), out[i])
 
 
 @compiled
