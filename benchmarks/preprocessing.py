@@ -87,8 +87,8 @@ def main() -> None:
         )
     facts = [
         f"median of {args.rounds} rounds that go around the sides",
-        "judged in bfloat16, the fast predictor's type, on one thread; float32 takes torchvision's roundings one by "
-        "one, which costs divisions",
+        "judged in bfloat16, the fast predictor's type, on one thread",
+        "float32 takes torchvision's roundings one by one, which costs divisions",
         "off by: of a pixel's range, 0 to 1; 1/255 = 3.9e-3 is allowed",
     ]
     write_report(
