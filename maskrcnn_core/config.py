@@ -79,9 +79,8 @@ class MaskRCNNConfig:
     rpn_pre_nms: int = 1000
     rpn_post_nms_train: int = 2000  # proposals an image after NMS
     rpn_post_nms: int = 1000
-    rpn_smooth_l1_beta: float = (
-        1.0 / 9
-    )  # where L1 begins: 1 / sigma^2, sigma = 3 as released; 0: plain L1 [D]
+    # Where L1 begins: 1 / sigma^2 with sigma = 3, as [R] was released; 0: plain L1 [D]
+    rpn_smooth_l1_beta: float = 1.0 / 9
 
     # RoI heads [M]
     roi_sampling_ratio: int = 2  # [T]; samples a bin and side; 0: one a feature pixel [D]

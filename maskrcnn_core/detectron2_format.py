@@ -25,6 +25,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from maskrcnn_core.anchors import cell_anchors
 from maskrcnn_core.checkpoint import CheckpointError
 from maskrcnn_core.config import MaskRCNNConfig, r50_fpn, r50_fpn_v2, r101_fpn
 from maskrcnn_core.detectron2_recipes import RECIPES, Layers, Recipe
@@ -286,9 +287,8 @@ def _pixel_contradictions(weights: Mapping[str, Tensor], recipe: Recipe) -> list
         match = _CELL_ANCHORS.fullmatch(key)
         if match is None or int(match[1]) >= len(default.anchor_sizes):
             continue
-        size, ratios = default.anchor_sizes[int(match[1])], torch.tensor(default.anchor_ratios)
-        width, height = size / ratios.sqrt(), size * ratios.sqrt()
-        expected = torch.stack((-width, -height, width, height), dim=1) / 2
+        size = default.anchor_sizes[int(match[1])]
+        expected = cell_anchors(size, default.anchor_ratios, rounding=False)
         if found.shape != expected.shape or not torch.allclose(found.float(), expected, atol=1e-2):
             problems.append(f"{key} holds other anchors than {default.anchor_ratios} of {size} px")
     return problems

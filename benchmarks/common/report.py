@@ -82,8 +82,6 @@ def side_by_side(*sides: Callable[[], object], rounds: int) -> list[float]:
     taken: list[list[float]] = [[] for _ in sides]
     for _ in range(rounds):
         for work, times in zip(sides, taken, strict=True):
-            time.sleep(
-                0.02
-            )  # torch's threads spin for a while when their work is done, and would be in the way
+            time.sleep(0.02)  # torch's threads spin for a while after their work, and would be in the way
             times.append(seconds(work))
     return [statistics.median(times) for times in taken]

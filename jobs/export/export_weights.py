@@ -1,6 +1,7 @@
 """`masklake model export`: a checkpoint of ours for another project, by the suffix of OUT.
 
-A new format is a function from a Checkpoint and the URI of OUT to the files to write, and a line in _WRITERS.
+A new format is a function from a Checkpoint, its model and the URI of OUT to the files to write, and a line
+in _WRITERS.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from jobs.export.sidecar import Sidecar
 from jobs.lake.models import read_checkpoint_bytes
 from jobs.lake.storage import Storage
 from maskrcnn_core.checkpoint import Checkpoint, parse_checkpoint
+from maskrcnn_core.model import MaskRCNN
 from maskrcnn_core.onnx_export import OnnxNotInstalledError, export_onnx
 from maskrcnn_core.torchvision_format import TorchvisionTarget, torchvision_target
 from schemas.errors import UsageError
@@ -51,11 +53,11 @@ def run_export(source: str, out: str, storage: Storage, force: bool = False) -> 
     data, where = read_checkpoint_bytes(source, storage)
     try:
         checkpoint = parse_checkpoint(data, where)
-        checkpoint.build()  # refuses weights that do not fit, or are not finite
+        model = checkpoint.build()  # refuses weights that do not fit, or are not finite
     except ValueError as error:
         raise UsageError(str(error)) from error
     try:
-        files = write(checkpoint, uri)
+        files = write(checkpoint, model, uri)
     except OnnxNotInstalledError as error:
         raise UsageError(str(error)) from error
     for name, content in files.items():
@@ -64,7 +66,7 @@ def run_export(source: str, out: str, storage: Storage, force: bool = False) -> 
     return Exported(list(files), checkpoint.fingerprint, target)
 
 
-def _torchvision_files(checkpoint: Checkpoint, uri: str) -> dict[str, bytes]:
+def _torchvision_files(checkpoint: Checkpoint, _: MaskRCNN, uri: str) -> dict[str, bytes]:
     """A plain dict of tensors, as they are stored, and beside it what they are."""
     buffer = io.BytesIO()
     torch.save(dict(checkpoint.weights), buffer)
@@ -75,12 +77,12 @@ def _torchvision_files(checkpoint: Checkpoint, uri: str) -> dict[str, bytes]:
     return {uri: weights, uri + SIDECAR_SUFFIX: sidecar.to_json()}
 
 
-def _onnx_files(checkpoint: Checkpoint, uri: str) -> dict[str, bytes]:
+def _onnx_files(checkpoint: Checkpoint, model: MaskRCNN, uri: str) -> dict[str, bytes]:
     """One file: its metadata holds config, categories and fingerprint."""
-    return {uri: export_onnx(checkpoint.build(), fingerprint=checkpoint.fingerprint)}
+    return {uri: export_onnx(model, fingerprint=checkpoint.fingerprint)}
 
 
-_WRITERS: dict[str, Callable[[Checkpoint, str], dict[str, bytes]]] = {
+_WRITERS: dict[str, Callable[[Checkpoint, MaskRCNN, str], dict[str, bytes]]] = {
     ".pth": _torchvision_files,
     ".pt": _torchvision_files,
     ".onnx": _onnx_files,
