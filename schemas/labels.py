@@ -37,7 +37,9 @@ class ErrorKind(StrEnum):
     MISSING = "missing"  # listed but not found
     IO = "io"  # storage failed, after retries
     DUPLICATE_KEY = "duplicate_key"  # the key stands twice in its shard
-    INTERNAL = "internal"  # our own fault: the actor died on this image
+    CRASHED = "crashed"  # the process that worked on it died
+    TIMEOUT = "timeout"  # decoding took longer than an image may
+    INTERNAL = "internal"  # our own fault: the network raised on this image
 
 
 def _field(

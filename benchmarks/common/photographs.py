@@ -34,11 +34,13 @@ def load(folder: Path, limit: int | None = None, splits: tuple[str, ...] = ("val
     return [np.asarray(Image.open(path).convert("RGB")) for path in paths[:limit]]
 
 
-def load_annotated(folder: Path, limit: int) -> tuple[list[Photograph], dict[str, Any]]:
-    """The first photographs of val2017 and their annotations; image ids are 1, 2, … in their order."""
-    photographs = load(folder, limit)
-    truth = json.loads((folder / "annotations/instances_val2017.json").read_text())
-    names = [path.name for path in sorted((folder / "val2017").glob("*.jpg"))[:limit]]
+def load_annotated(
+    folder: Path, limit: int | None, split: str = "val2017"
+) -> tuple[list[Photograph], dict[str, Any]]:
+    """The first photographs of a split and their annotations; image ids are 1, 2, … in their order."""
+    photographs = load(folder, limit, (split,))
+    truth = json.loads((folder / f"annotations/instances_{split}.json").read_text())
+    names = [path.name for path in sorted((folder / split).glob("*.jpg"))[:limit]]
     number = {
         image["id"]: names.index(image["file_name"]) + 1
         for image in truth["images"]

@@ -28,6 +28,7 @@ from jobs.infer.pipeline import FinishedUnit, Pipeline, run_pipeline
 from jobs.infer.progress import Watcher
 from jobs.infer.read import ShardTask
 from jobs.infer.summary import Summary
+from jobs.lake import failpoints
 from jobs.lake.commit import Committer, DeltaStore, app_id
 from jobs.lake.labels_table import LabelsTable
 from jobs.lake.lease import Lease
@@ -222,6 +223,7 @@ class _Run:
         if unit.fragment is not None:
             if not self.committer.add(unit.fragment):
                 return  # the unit came twice; the other file stays an orphan
+            failpoints.reach("unit_finished")
             shard.num_seen += 1
         elif report.shard_num_units is not None:
             shard.num_units, shard.version = report.shard_num_units, report.shard_version

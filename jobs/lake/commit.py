@@ -21,6 +21,7 @@ from typing import Protocol
 from deltalake import CommitProperties, Transaction
 from deltalake.transaction import AddAction
 
+from jobs.lake import failpoints
 from jobs.lake.fragments import PARTITION_COLUMN, Fragment
 from jobs.lake.labels_table import LabelsTable, first_line
 from schemas.errors import CommitConflictError, CommitStateUnknownError, MasklakeError, StorageError
@@ -158,6 +159,7 @@ class Committer:
             self.num_committed_failed += sum(fragment.num_failed for fragment in self._batch.fragments)
             self._batch = None
         self._last_commit_s = self._clock()
+        failpoints.reach("commit_done")
         return version
 
     def _commit_batch(self, batch: _Batch) -> int:
@@ -191,7 +193,9 @@ class Committer:
 
     def _send(self, batch: _Batch) -> None:
         self._unknown = True
+        failpoints.reach("commit_send")
         self._store.append(batch.fragments, self._app_id, self._transaction + 1, self._describe(batch))
+        failpoints.reach("commit_put")
 
     def _describe(self, batch: _Batch) -> dict[str, str | int]:
         return {
