@@ -18,6 +18,7 @@ from jobs.lake.store import (
     PAGE_KEYS,
     AccessDeniedError,
     Attempt,
+    ChangedObjectError,
     MissingObjectError,
     ObjectInfo,
     TransientStorageError,
@@ -63,8 +64,13 @@ class LocalStore:
 
     def read(self, path: str, start: int, end: int) -> bytes:
         with open(path, "rb") as file:
+            before = _file_info(path, os.fstat(file.fileno()))
             file.seek(start)
-            return file.read(end - start)
+            data = file.read(end - start)
+            after = _file_info(path, os.fstat(file.fileno()))
+        if after != before:  # written over in place: what was read may be half of each
+            raise ChangedObjectError(f"file://{path} was written to while it was read; run again")
+        return data
 
     def write(self, path: str, data: bytes) -> None:
         temporary = _write_beside(path, data)

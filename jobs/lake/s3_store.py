@@ -39,6 +39,8 @@ from jobs.lake.store import (
 )
 from schemas.errors import StorageError
 
+_CONNECT_TIMEOUT_S = 10
+_SILENCE_TIMEOUT_S = 30  # without a byte; a body that comes slowly may take as long as it likes
 _WRITER_KEY = "masklake-writer"
 # S3's error codes: https://docs.aws.amazon.com/AmazonS3/latest/API/ErrorResponses.html; a HEAD gives its
 # status only.
@@ -98,7 +100,12 @@ class S3Store:
 
     def __init__(self, endpoint_url: str | None, region: str | None, anonymous: bool) -> None:
         self._endpoint_url = endpoint_url
-        config: dict[str, Any] = {"retries": {"total_max_attempts": 1}, "max_pool_connections": 32}
+        config: dict[str, Any] = {
+            "retries": {"total_max_attempts": 1},
+            "max_pool_connections": 32,
+            "connect_timeout": _CONNECT_TIMEOUT_S,
+            "read_timeout": _SILENCE_TIMEOUT_S,
+        }
         if endpoint_url:
             # Servers other than AWS may refuse the checksum trailers that botocore sends by default.
             config |= {

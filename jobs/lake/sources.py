@@ -59,16 +59,23 @@ def slice_units(
 ) -> Iterator[list[SourceImage]]:
     """Cut a stream of images into work units of at most max_bytes encoded bytes and max_images images.
 
-    A larger image is a unit of its own. No unit is empty.
+    A larger image is a unit of its own. No unit is empty. A StorageError of the stream is raised after the
+    last unit, so that what was read before it is not lost.
     """
     unit: list[SourceImage] = []
     unit_bytes = 0
-    for image in images:
-        image_bytes = len(image.data or b"")
-        if unit and (unit_bytes + image_bytes > max_bytes or len(unit) == max_images):
-            yield unit
-            unit, unit_bytes = [], 0
-        unit.append(image)
-        unit_bytes += image_bytes
+    failure: StorageError | None = None
+    try:
+        for image in images:
+            image_bytes = len(image.data or b"")
+            if unit and (unit_bytes + image_bytes > max_bytes or len(unit) == max_images):
+                yield unit
+                unit, unit_bytes = [], 0
+            unit.append(image)
+            unit_bytes += image_bytes
+    except StorageError as error:
+        failure = error
     if unit:
         yield unit
+    if failure is not None:
+        raise failure

@@ -2,8 +2,8 @@
 
 Enters: a StorageSpec, and credentials from the environment or a role. Leaves: bytes that were compared with
 the size and, where there is one, the MD5 that the store gave for them; listings page by page; objects made by
-at most one of many writers. What fails in a way that may pass is tried TRIES times; then, or at once
-otherwise, a StorageError says what, where and what to do. No message holds a credential.
+at most one of many writers. What fails in a way that may pass is tried again for PATIENCE_S; then, or at
+once otherwise, a StorageError says what, where and what to do. No message holds a credential.
 """
 
 import errno
@@ -20,11 +20,13 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
+from itertools import count
 from typing import Any, BinaryIO, TypeVar
 
 from jobs.lake.range_stream import CHUNK_BYTES, RangeStream
 from jobs.lake.store import (
     AccessDeniedError,
+    ChangedObjectError,
     CorruptObjectError,
     MissingObjectError,
     ObjectInfo,
@@ -37,6 +39,7 @@ from schemas.specs import StorageSpec
 
 __all__ = [
     "AccessDeniedError",
+    "ChangedObjectError",
     "CorruptObjectError",
     "MissingObjectError",
     "ObjectInfo",
@@ -46,10 +49,16 @@ __all__ = [
 
 T = TypeVar("T")
 
-# 0.2 + 0.6 + 1.8 s of waiting: a throttled or restarting server gets seconds, a dead one does not get
-# minutes.
-TRIES = 4
+# A store that throttles or fails over is back within a minute, as a rule. Pauses of 0.2, 0.4, ... 20, 20 s,
+# each half to one and a half times that: some 105 s, over which a thousand workers spread out. Where each try
+# itself takes long (a server that accepts and says nothing), PATIENCE_S ends it.
+TRIES = 12
 FIRST_DELAY_S = 0.2
+PATIENCE_S = 120.0
+_MAX_DELAYS = 100  # the longest pause, in first ones
+# Damage on the way is gone at the next try; damage in the object stays.
+CORRUPT_TRIES = 4
+_CHECK_PATIENCE_S = 3.0  # somebody waits at a terminal
 _PROBE_WRITERS = 8
 
 
@@ -101,7 +110,9 @@ class Storage:
         """The whole object, compared with its size and MD5 as `info` has them.
 
         Raises:
-            CorruptObjectError: they still differ when read again: damaged, cut short, or replaced meanwhile.
+            CorruptObjectError: they still differ when read again: damaged or cut short.
+            ChangedObjectError: the object is no longer the one that `info` describes.
+            MissingObjectError: there is none any more.
         """
         store, path = self._stores.locate(info.uri)
         if info.size == 0:
@@ -123,20 +134,24 @@ class Storage:
         place, as it is asked for, and must be the same version after the last read as it was in `info`.
 
         Raises:
-            CorruptObjectError: on entry, where the MD5 differs; on leaving, where the object was replaced.
+            CorruptObjectError: on entry, where the MD5 differs.
+            ChangedObjectError: on entry or on leaving, where the object was replaced.
+            MissingObjectError: likewise, where it was deleted.
         """
         store, path = self._stores.locate(info.uri)
         if info.etag is None:
+            check = partial(self._attempt, store, info.uri, partial(_check_unchanged, store, path, info))
             with self.open_unverified(info) as stream:
-                yield stream
-            if (now := self.stat(info.uri)).version != info.version:
-                raise CorruptObjectError(
-                    f"{info.uri} was replaced while being read (version {info.version}, then {now.version}); "
-                    f"run again"
-                )
+                try:
+                    yield stream
+                except Exception:
+                    check()  # what made no sense may be half of another object
+                    raise
+            check()
             return
         with tempfile.TemporaryFile(prefix="masklake-") as file:
-            self._attempt(store, info.uri, partial(self._spool, store, path, info, file))
+            spool = partial(self._spool, store, path, info, file)
+            self._attempt(store, info.uri, spool, again=CorruptObjectError)  # each read is patient by itself
             file.seek(0)
             yield file
 
@@ -189,7 +204,7 @@ class Storage:
         """
         store, path = self._stores.locate(uri)
         try:
-            self._attempt(store, uri, partial(store.check_reachable, path), tries=2)
+            self._attempt(store, uri, partial(store.check_reachable, path), _CHECK_PATIENCE_S)
         except StorageError as error:
             raise UsageError(f"{what} {error}") from error
 
@@ -230,9 +245,9 @@ class Storage:
         def read() -> bytes:
             data = store.read(path, start, end)
             if len(data) != end - start:
+                _check_unchanged(store, path, info)
                 raise CorruptObjectError(
-                    f"{info.uri}: got {len(data)} of the {end - start} bytes from byte {start}; "
-                    f"it was cut short or replaced meanwhile"
+                    f"{info.uri}: got {len(data)} of the {end - start} bytes from byte {start}: it is short"
                 )
             return data
 
@@ -247,17 +262,34 @@ class Storage:
             file.write(chunk)
         _compare(store, path, info, info.size, digest.hexdigest())
 
-    def _attempt(self, store: Store, uri: str, action: Callable[[], T], tries: int = TRIES) -> T:
+    def _attempt(
+        self,
+        store: Store,
+        uri: str,
+        action: Callable[[], T],
+        patience_s: float = PATIENCE_S,
+        again: type[StorageError] = StorageError,
+    ) -> T:
         """The action's result; tried again after what may pass, with growing, randomized pauses."""
-        for attempt in range(1, tries + 1):
+        started = time.monotonic()
+        for attempt in count(1):
             try:
                 return action()
             except Exception as error:  # whatever this store's client raises; sorted here
                 failure = _classify(store, uri, error)
-                if attempt == tries or not isinstance(failure, TransientStorageError | CorruptObjectError):
+                pause_s = FIRST_DELAY_S * min(2 ** (attempt - 1), _MAX_DELAYS) * random.uniform(0.5, 1.5)
+                waited_s = time.monotonic() - started
+                is_last = attempt >= _tries(failure) or waited_s + pause_s > patience_s
+                if is_last or not isinstance(failure, again):
                     raise failure from error
-            time.sleep(FIRST_DELAY_S * 3 ** (attempt - 1) * random.uniform(0.5, 1.5))
-        raise AssertionError("tries is at least 1")
+            time.sleep(pause_s)
+        raise AssertionError("count() has no end")
+
+
+def _tries(failure: StorageError) -> int:
+    if isinstance(failure, TransientStorageError):
+        return TRIES
+    return CORRUPT_TRIES if isinstance(failure, CorruptObjectError) else 1
 
 
 def _classify(store: Store, uri: str, error: Exception) -> StorageError:
@@ -271,12 +303,24 @@ def _classify(store: Store, uri: str, error: Exception) -> StorageError:
 
 
 def _compare(store: Store, path: str, info: ObjectInfo, size: int, md5: str) -> None:
+    """Are size and MD5 of what was read those of the object that was listed?"""
+    if size == info.size and info.etag in (None, md5):
+        return
+    _check_unchanged(store, path, info)
     if size != info.size:
         raise CorruptObjectError(
-            f"{info.uri}: read {size} bytes, listed with {info.size}; it was cut short or replaced meanwhile"
+            f"{info.uri}: read {size} bytes, listed with {info.size}; it was cut short on the way"
         )
-    if info.etag is not None and md5 != info.etag and store.etag_is_md5(path):
+    if store.etag_is_md5(path):
         raise CorruptObjectError(
-            f"{info.uri}: its MD5 is {md5}, the store says {info.etag}; "
-            f"it is damaged, or was replaced meanwhile"
+            f"{info.uri}: its MD5 is {md5}, the store says {info.etag}; it is damaged, or was on the way"
+        )
+
+
+def _check_unchanged(store: Store, path: str, info: ObjectInfo) -> None:
+    now = store.stat(path)
+    if info.version not in ("", now.version):  # "": only its size was known
+        raise ChangedObjectError(
+            f"{info.uri} was replaced since it was listed (version {info.version}, now {now.version}); "
+            f"run again for the new one"
         )

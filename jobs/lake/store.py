@@ -33,6 +33,10 @@ class CorruptObjectError(StorageError):
     """Size or checksum of what was read differ from what the store says they are."""
 
 
+class ChangedObjectError(StorageError):
+    """The object was replaced since it was listed; what was read of it is of no use, or cannot be told."""
+
+
 class TransientStorageError(StorageError):
     """The store or the network to it failed in a way that may pass; it did not within our retries."""
 

@@ -68,9 +68,9 @@ def extra_header(method: str, path: str, name: str, value: str) -> Fault:
     )
 
 
-def refusal(method: str, status: str, code: str, times: int = 10**6) -> Fault:
+def refusal(method: str, status: str, code: str, times: int = 10**6, path: str = "") -> Fault:
     """An S3 error reply to every request."""
-    return Fault(method, "", lambda *_: _error(status, code), times, reached=False)
+    return Fault(method, path, lambda *_: _error(status, code), times, reached=False)
 
 
 def _slow_down(*_: Any) -> tuple[str, Headers, bytes]:

@@ -42,7 +42,7 @@ def served() -> Iterator[tuple[FaultyS3, Storage]]:
 
 @pytest.fixture
 def server(served: tuple[FaultyS3, Storage], monkeypatch: pytest.MonkeyPatch) -> FaultyS3:
-    monkeypatch.setattr(storage_module, "FIRST_DELAY_S", 0.001)
+    monkeypatch.setattr(storage_module, "FIRST_DELAY_S", 0.0001)
     served[0].faults.clear()
     return served[0]
 

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 
 from jobs.lake import storage as storage_module
 from jobs.lake.sources import ShardReader, SourceImage, list_shards, slice_units
-from jobs.lake.storage import AccessDeniedError, Storage, TransientStorageError
+from jobs.lake.storage import TRIES, AccessDeniedError, Storage, TransientStorageError
+from schemas.errors import StorageError
 from schemas.labels import ErrorKind
 from schemas.specs import SourceSpec
 from tests.lake.faulty_s3 import FaultyS3, busy, refusal, serve_s3
@@ -120,7 +121,7 @@ def test_photographs_come_out_as_they_went_in_whichever_way(
 class TestStorageThatFailsInMidShard:
     @pytest.fixture
     def shard_uri(self, s3: tuple[FaultyS3, Storage], monkeypatch: pytest.MonkeyPatch) -> str:
-        monkeypatch.setattr(storage_module, "FIRST_DELAY_S", 0.001)
+        monkeypatch.setattr(storage_module, "FIRST_DELAY_S", 0.0001)
         return f"{s3[0].new_bucket(s3[1])}/shards"
 
     @pytest.mark.parametrize("name", ["1.tar", "1.parquet"])
@@ -137,7 +138,7 @@ class TestStorageThatFailsInMidShard:
         (shard,) = list_shards(spec, storage)
         if in_place and shard.info:
             shard = replace(shard, info=replace(shard.info, etag=None))
-        server.faults = [busy("GET", name, times=100)]
+        server.faults = [busy("GET", name, times=2 * TRIES)]
         with pytest.raises(TransientStorageError, match="is busy or failing"):
             list(ShardReader(shard, spec, storage, frozenset()))
         server.faults = [refusal("GET", "403 Forbidden", "AccessDenied")]
@@ -150,3 +151,15 @@ class TestStorageThatFailsInMidShard:
         spec = SourceSpec(uri=shard_uri)
         server.faults = [busy("GET", "1.tar", times=2)]
         assert [image.data for image in read_source(spec, storage)] == [b"x"]
+
+
+def test_what_was_read_before_a_shard_failed_is_a_unit_too() -> None:
+    def stream() -> Iterator[SourceImage]:
+        for number in range(5):
+            yield SourceImage(f"{number}", "s", b"data", None, None)
+        raise StorageError("gone")
+
+    units = slice_units(stream(), 1000, 3)
+    assert [len(next(units)), len(next(units))] == [3, 2]
+    with pytest.raises(StorageError, match="gone"):
+        next(units)

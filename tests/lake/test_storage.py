@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import random
 import threading
 import uuid
 from collections.abc import Iterator
@@ -13,7 +14,14 @@ import fsspec
 import pytest
 
 from jobs.lake import storage as storage_module
-from jobs.lake.storage import CorruptObjectError, MissingObjectError, Storage
+from jobs.lake.storage import (
+    PATIENCE_S,
+    ChangedObjectError,
+    CorruptObjectError,
+    MissingObjectError,
+    Storage,
+    TransientStorageError,
+)
 from schemas.errors import StorageError, UsageError
 from schemas.specs import StorageSpec
 from tests.lake.faulty_s3 import FaultyS3, serve_s3
@@ -33,7 +41,7 @@ def s3() -> Iterator[tuple[FaultyS3, Storage]]:
 
 @pytest.fixture(params=["file", "memory", "s3"])
 def place(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
-    monkeypatch.setattr(storage_module, "FIRST_DELAY_S", 0.001)
+    monkeypatch.setattr(storage_module, "FIRST_DELAY_S", 0.0001)
     if request.param == "file":
         return Place(Storage(StorageSpec()), f"file://{tmp_path}")
     if request.param == "memory":
@@ -179,8 +187,63 @@ def test_an_object_replaced_while_being_read_is_refused_at_the_end(place: Place)
             stream.read(3)
             place.storage.write_bytes(uri, b"others....")
 
-    with pytest.raises(CorruptObjectError, match="was replaced while being read"):
+    with pytest.raises(ChangedObjectError, match="was replaced since it was listed"):
         read_while_it_changes()
+
+
+def test_what_makes_no_sense_because_the_object_was_replaced_is_told_as_that(place: Place) -> None:
+    uri = f"{place.uri}/object"
+    place.storage.write_bytes(uri, b"ten bytes.")
+    without_md5 = replace(place.storage.stat(uri), etag=None)
+
+    def stumble_over_the_others_bytes() -> None:
+        with place.storage.open_verified(without_md5):
+            place.storage.write_bytes(uri, b"others....")
+            raise ValueError("no header")
+
+    with pytest.raises(ChangedObjectError):
+        stumble_over_the_others_bytes()
+
+
+def test_an_object_that_is_no_longer_the_listed_one_is_not_called_damaged(place: Place) -> None:
+    uri = f"{place.uri}/object"
+    place.storage.write_bytes(uri, b"ten bytes.")
+    listed = place.storage.stat(uri)
+    place.storage.write_bytes(uri, b"eleven bytes")
+    with pytest.raises(ChangedObjectError, match="run again for the new one"):
+        place.storage.read_bytes(listed)
+    place.storage.delete(uri)
+    with pytest.raises(MissingObjectError):
+        place.storage.read_bytes(listed)
+
+
+def test_what_may_pass_is_tried_again_until_patience_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    pauses: list[float] = []
+
+    class Clock:
+        @staticmethod
+        def monotonic() -> float:
+            return now
+
+        @staticmethod
+        def sleep(seconds: float) -> None:
+            nonlocal now
+            now += seconds
+            pauses.append(seconds)
+
+    def fail(path: str) -> None:
+        raise TransientStorageError(f"{path} is busy")
+
+    random.seed(0)
+    monkeypatch.setattr(storage_module, "time", Clock)
+    storage = Storage(StorageSpec())
+    monkeypatch.setattr(storage._stores.locate("memory://bucket/object")[0], "stat", fail)
+    with pytest.raises(TransientStorageError):
+        storage.stat("memory://bucket/object")
+    assert 60 < sum(pauses) <= PATIENCE_S  # an outage of a minute is outlasted
+    assert len(set(pauses)) == len(pauses)  # workers do not come back all at once
+    assert max(pauses) <= 30
 
 
 def test_storage_travels_as_a_pickle_and_makes_its_clients_anew(place: Place) -> None:
