@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from types import FrameType
 
 import yaml
@@ -22,13 +23,13 @@ from ray.exceptions import RayError
 
 from cluster.profiles import PoolPlan, actor_profile
 from cluster.session import ClusterInfo, connect, shutdown
+from jobs.infer.books import Books
 from jobs.infer.job import Job, plan, prepare
 from jobs.infer.label import Replica
-from jobs.infer.pipeline import FinishedUnit, Pipeline, run_pipeline
+from jobs.infer.pipeline import Pipeline, run_pipeline
 from jobs.infer.progress import Watcher
 from jobs.infer.read import ShardTask
 from jobs.infer.summary import Summary
-from jobs.lake import failpoints
 from jobs.lake.commit import Committer, DeltaStore, app_id
 from jobs.lake.labels_table import LabelsTable
 from jobs.lake.lease import Lease
@@ -88,7 +89,10 @@ def run_infer(spec: InferSpec, watcher: Watcher) -> Summary:
         tasks, _ = plan(job, shards)
         if not tasks:
             return _nothing_to_do(job, summary, table, watcher, started)
-        run = _Run(job, committer, lease, summary, watcher, started)
+        save_index = partial(
+            save_shard_index, job.storage, job.lake_uri, job.source_uri, job.model_id, job.run_id
+        )
+        run = _Run(job, committer, Books(committer, save_index), lease, summary, watcher)
         run.write_record("spec.yaml", yaml.safe_dump(spec.model_dump(mode="json"), sort_keys=False))
         try:
             run.work(tasks)
@@ -119,26 +123,15 @@ def _nothing_to_do(
 
 
 @dataclass
-class _ShardProgress:
-    """Units of a shard: seen by the driver, and how many there are once its last row has come."""
-
-    num_seen: int = 0
-    num_units: int | None = None
-    version: str | None = None
-    num_images: int = 0
-
-
-@dataclass
 class _Run:
     """The driver's side of one run."""
 
     job: Job
     committer: Committer
+    books: Books
     lease: Lease
     summary: Summary
     watcher: Watcher
-    started: float
-    shards: dict[str, _ShardProgress] = field(default_factory=dict)
     stop: _Stop = field(default_factory=lambda: _Stop())
 
     def work(self, tasks: list[ShardTask]) -> None:
@@ -175,7 +168,8 @@ class _Run:
                             f"a worker could not write labels: {unit.report.write_error}; what is committed "
                             "stays, run the same command again for the rest."
                         )
-                    self._take(unit)
+                    if self.books.take(unit.report, unit.fragment):
+                        self.summary.add(unit.report)
                     if self.committer.due():
                         self._commit()
                         self._check_budget(MIN_IMAGES_FOR_BUDGET)
@@ -217,19 +211,6 @@ class _Run:
             max_images=self.job.spec.unit.max_images,
         )
 
-    def _take(self, unit: FinishedUnit) -> None:
-        report = unit.report
-        shard = self.shards.setdefault(report.shard, _ShardProgress())
-        if unit.fragment is not None:
-            if not self.committer.add(unit.fragment):
-                return  # the unit came twice; the other file stays an orphan
-            failpoints.reach("unit_finished")
-            shard.num_seen += 1
-        elif report.shard_num_units is not None:
-            shard.num_units, shard.version = report.shard_num_units, report.shard_version
-            shard.num_images = report.shard_num_images or 0
-        self.summary.add(report)
-
     def _commit(self) -> None:
         """Commit whole: cut in two by a signal, it would take its own commit for another run's."""
         self.stop.deferred = True
@@ -244,26 +225,12 @@ class _Run:
             raise MasklakeError(
                 "another run took the lease over while this one was paused; nothing more is committed here."
             )
-        version = self.committer.commit()
+        version = self.books.commit()
         if version is not None:
             self.summary.commits += 1
             self.summary.committed_version = version
             self.summary.committed_images = (
                 self.committer.num_committed_ok + self.committer.num_committed_failed
-            )
-        complete = {
-            (name, shard.version): shard.num_images
-            for name, shard in self.shards.items()
-            if shard.version is not None and shard.num_units == shard.num_seen
-        }
-        if complete:
-            save_shard_index(
-                self.job.storage,
-                self.job.lake_uri,
-                self.job.source_uri,
-                self.job.model_id,
-                self.job.run_id,
-                complete,
             )
 
     def _check_budget(self, min_images: int) -> None:

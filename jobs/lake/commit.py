@@ -240,6 +240,7 @@ class DeltaStore:
     def __init__(self, table: LabelsTable) -> None:
         self._table = table
         self._searched_version = table.version
+        self._found: dict[str, int] = {}  # commit_id -> version, of the versions since this store was made
         self._in_doubt = False
 
     def refresh(self) -> None:
@@ -253,15 +254,14 @@ class DeltaStore:
         return self._table.delta.transaction_version(app_id)
 
     def find_commit(self, commit_id: str) -> int | None:
-        """Search the versions that came since the last search, or since the store was made."""
+        """Search the versions that came since this store was made."""
         version = self._table.version
         num_new = version - self._searched_version
         for commit in self._table.delta.history(num_new) if num_new > 0 else ():
-            if commit.get("commit_id") == commit_id:
-                self._searched_version = version
-                return int(commit["version"])
-        self._searched_version = version
-        return None
+            if "commit_id" in commit:
+                self._found[commit["commit_id"]] = int(commit["version"])
+        self._searched_version = version  # last: a search that was interrupted is made again
+        return self._found.get(commit_id)
 
     def append(
         self, fragments: Sequence[Fragment], app_id: str, transaction: int, metadata: Mapping[str, str | int]
