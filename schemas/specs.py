@@ -84,12 +84,11 @@ Bytes = Annotated[
     BeforeValidator(_parse_bytes, json_schema_input_type=int | str),
     Wanted("a size such as 64MB, 64MiB or 67108864"),
 ]
-Share = Annotated[
-    float,
-    Strict(),
-    Field(ge=0, le=1),
-    BeforeValidator(_parse_fraction, json_schema_input_type=float | str),
-    Wanted("a share such as 1% or 0.01"),
+Budget = Annotated[
+    Annotated[int, Strict(), Field(ge=0, le=_LARGEST)]
+    | Annotated[float, Strict(), Field(ge=0, le=1, allow_inf_nan=False)],
+    BeforeValidator(_parse_fraction, json_schema_input_type=int | float | str),
+    Wanted("a share such as 1% or 0.01, or a number of images such as 500"),
 ]
 Auto = Literal["auto"]
 CountOrAuto = Annotated[Count | Auto, Wanted("a whole number, 1 or more, or auto")]
@@ -189,10 +188,18 @@ class CommitSpec(_Section):
 class FailuresSpec(_Section):
     """How many images may fail, and which failures of earlier runs are tried again."""
 
-    budget: Share = Field(
-        default=0.01, description="share of failed images above which the run fails, such as 1%"
+    budget: Budget = Field(
+        default=0.01,
+        description="failed images above which the run ends: a share of them, such as 1%, or their number",
     )
     retry: ErrorKinds = Field(default=(), description="kinds of failure to label anew")
+    retry_only: Flag = Field(default=False, description="label nothing but those")
+
+    @model_validator(mode="after")
+    def _has_something_to_retry(self) -> "FailuresSpec":
+        if self.retry_only and not self.retry:
+            raise ValueError("retry_only is true and retry is empty: name the kinds of failure")
+        return self
 
 
 class StorageSpec(_Section):

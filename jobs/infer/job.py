@@ -16,7 +16,7 @@ from jobs.infer.read import ShardTask
 from jobs.infer.rows import Lineage
 from jobs.lake.labels_table import LabelsTable
 from jobs.lake.models import read_checkpoint_bytes
-from jobs.lake.plan import plan_shards
+from jobs.lake.plan import plan_failed, plan_shards
 from jobs.lake.shard_index import load_shard_index
 from jobs.lake.sources import Shard
 from jobs.lake.storage import Storage
@@ -105,9 +105,12 @@ def _actor_device(pool: PoolSpec) -> str:
 
 def plan(job: Job, shards: Iterable[Shard]) -> tuple[list[ShardTask], LabelsTable | None]:
     """The source's shards minus the table, nothing written; the table is None where the lake has none yet."""
+    failures = job.spec.failures
     if not LabelsTable.exists(job.lake_uri, job.storage):
-        return [ShardTask(shard, frozenset()) for shard in shards], None
+        return [] if failures.retry_only else [ShardTask(shard, frozenset()) for shard in shards], None
     table = LabelsTable.open(job.lake_uri, job.storage)
-    done = table.done_images(job.source_uri, job.model_id, job.spec.failures.retry)
+    done = table.done_images(job.source_uri, job.model_id, failures.retry)
+    if failures.retry_only:
+        return [ShardTask(shard, skip) for shard, skip in plan_failed(shards, done)], table
     index = load_shard_index(job.storage, job.lake_uri, job.source_uri, job.model_id)
     return [ShardTask(shard, skip) for shard, skip in plan_shards(shards, done, index)], table

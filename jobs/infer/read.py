@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pickle
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,10 +21,10 @@ TASK_SCHEMA = pa.schema([("task", pa.large_binary())])
 
 @dataclass(frozen=True)
 class ShardTask:
-    """What one read task is asked to do: a shard, and the image_ids that the table has already."""
+    """What one read task is asked to do: a shard, and the image_ids of it that are not wanted."""
 
     shard: Shard
-    skip: frozenset[str]
+    skip: Container[str]
 
 
 def task_table(tasks: Sequence[ShardTask]) -> pa.Table:

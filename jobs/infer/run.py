@@ -38,8 +38,8 @@ from jobs.lake.sources import list_shards
 from schemas.errors import FailureBudgetExceeded, MasklakeError, StorageError
 from schemas.specs import InferSpec
 
-# Below this many images a few bad ones say nothing yet, and the budget is judged at the end only.
-MIN_IMAGES_FOR_BUDGET = 1000
+# Below this many images a few bad ones say nothing yet of a share, which is then judged at the end only.
+MIN_IMAGES_FOR_SHARE = 1000
 LEASE_TTL_S = 120.0
 
 
@@ -115,7 +115,9 @@ def run_infer(spec: InferSpec, watcher: Watcher) -> Summary:
 def _nothing_to_do(
     job: Job, summary: Summary, table: LabelsTable | None, watcher: Watcher, started: float
 ) -> Summary:
-    watcher.note(f"nothing to do: every image of {job.source_uri} has labels of {job.model_id}.")
+    retried = job.spec.failures.retry_only
+    what = "no image failed that is to be tried again in" if retried else "every image is labelled in"
+    watcher.note(f"nothing to do: {what} {job.source_uri} by {job.model_id}.")
     summary.status = "nothing_to_do"
     summary.committed_version = table.version if table else None
     summary.seconds = time.monotonic() - started
@@ -172,7 +174,8 @@ class _Run:
                         self.summary.add(unit.report)
                     if self.committer.due():
                         self._commit()
-                        self._check_budget(MIN_IMAGES_FOR_BUDGET)
+                    if self._is_over_budget(MIN_IMAGES_FOR_SHARE):
+                        break
                     self.watcher.update(self.summary)
                     if self.stop.requested:
                         raise KeyboardInterrupt
@@ -187,7 +190,8 @@ class _Run:
                 ) from None
             self._commit()
         self.watcher.update(self.summary)
-        self._check_budget(1)
+        if self._is_over_budget(1):
+            raise self._budget_exceeded()
         if self.summary.unread_shards:
             name, why = next(iter(self.summary.unread_shards.items()))
             raise ShardReadError(
@@ -233,15 +237,21 @@ class _Run:
                 self.committer.num_committed_ok + self.committer.num_committed_failed
             )
 
-    def _check_budget(self, min_images: int) -> None:
+    def _is_over_budget(self, min_images: int) -> bool:
         budget, summary = self.job.spec.failures.budget, self.summary
-        if summary.images >= min_images and summary.failed > budget * summary.images:
-            kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(summary.failed_by_kind.items()))
-            raise FailureBudgetExceeded(
-                f"{summary.failed} of {summary.images} images failed ({kinds}), over failures.budget "
-                f"{budget:.2%}; all are committed as failed rows with their reasons. Look at them, or raise "
-                "the budget."
-            )
+        if isinstance(budget, int):
+            return summary.failed > budget
+        return summary.images >= min_images and summary.failed > budget * summary.images
+
+    def _budget_exceeded(self) -> FailureBudgetExceeded:
+        budget, summary = self.job.spec.failures.budget, self.summary
+        kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(summary.failed_by_kind.items()))
+        allowed = str(budget) if isinstance(budget, int) else f"{budget:.2%}"
+        return FailureBudgetExceeded(
+            f"{summary.failed} of {summary.images} images failed ({kinds}), over failures.budget {allowed}; "
+            "all are committed as failed rows with their reasons. Look at them, mend what is wrong and try "
+            "them again with --retry-failed, or raise the budget."
+        )
 
 
 def _shard_bytes(task: ShardTask) -> int:

@@ -1,6 +1,6 @@
 """What a source is made of: shards to read, and the images that come out of them."""
 
-from collections.abc import Collection
+from collections.abc import Container
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -9,6 +9,8 @@ from schemas.labels import ErrorKind
 
 # An image's encoded bytes are held whole; no photograph is near this, a member that claims more is no image.
 MAX_IMAGE_BYTES = 256_000_000
+# "<shard name>/#tail" is the id of the row that stands for what could not be read of a damaged shard.
+TAIL_KEY = "#tail"
 _IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 
 
@@ -66,7 +68,7 @@ class ImageIds:
         skip: ids that are not wanted; they are counted.
     """
 
-    def __init__(self, skip: Collection[str]) -> None:
+    def __init__(self, skip: Container[str]) -> None:
         self._skip = skip
         self._taken: set[str] = set()
 

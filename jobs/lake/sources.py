@@ -5,7 +5,7 @@ the reason why it has none; nothing that looks like an image is left out without
 image plus what tar_source, parquet_source or files_source read ahead, however large the shard.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 
 from jobs.lake.files_source import read_objects
 from jobs.lake.parquet_source import read_parquet
@@ -30,7 +30,7 @@ class ShardReader:
         its images. UsageError: a Parquet shard without the columns.
     """
 
-    def __init__(self, shard: Shard, spec: SourceSpec, storage: Storage, skip: frozenset[str]) -> None:
+    def __init__(self, shard: Shard, spec: SourceSpec, storage: Storage, skip: Container[str]) -> None:
         self.num_images: int | None = None
         self._shard = shard
         self._spec = spec

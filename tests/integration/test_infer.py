@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import shutil
 import tarfile
 import zlib
 from collections.abc import Callable, Generator
@@ -270,6 +271,33 @@ def test_a_failure_budget_that_is_exceeded_ends_the_run_with_everything_committe
     with pytest.raises(FailureBudgetExceeded, match=r"1 of 4 images failed \(1 empty\)"):
         label(str(tmp_path / "images"), lake)
     assert len(rows(lake)) == 4
+
+
+@pytest.mark.usefixtures("straight")
+def test_a_budget_in_images_ends_a_run_as_soon_as_it_is_passed(tmp_path: Path) -> None:
+    bad = {f"bad-{number}.jpg": b"" for number in range(6)}
+    write_source("files", tmp_path / "images", {**bad, **scene_files(6)})
+    lake = str(tmp_path / "lake")
+    with pytest.raises(FailureBudgetExceeded, match=r"over failures.budget 1; all are committed"):
+        label(str(tmp_path / "images"), lake, "failures.budget=1", "unit.max_images=2")
+    assert [row["status"] for row in rows(lake)] == ["failed"] * 2
+    label(str(tmp_path / "images"), lake, "failures.budget=6")
+    assert len(rows(lake)) == 12
+
+
+@pytest.mark.usefixtures("straight")
+def test_only_failures_are_tried_again_when_only_they_are_asked_for(tmp_path: Path) -> None:
+    for form in ("files", "tar"):
+        source, lake = tmp_path / form, str(tmp_path / f"{form}-lake")
+        write_source(form, source, {"bad-1.jpg": b"", "bad-2.jpg": b"<html>", **scene_files(2)})
+        label(str(source), lake, "failures.budget=100%")
+        shutil.rmtree(source)
+        write_source(form, source, {"bad-1.jpg": b"", "bad-2.jpg": b"<html>", **scene_files(3)})
+        only_empty = ("failures.retry=[empty]", "failures.retry_only=true", "failures.budget=100%")
+        assert label(str(source), lake, *only_empty).failed_by_kind == {"empty": 1}
+        assert len(rows(lake)) == 5
+        none = ("failures.retry=[timeout]", "failures.retry_only=true")
+        assert label(str(source), lake, *none).status == "nothing_to_do"
 
 
 @pytest.mark.usefixtures("straight")

@@ -9,7 +9,7 @@ import pytest
 
 from jobs.lake.done_images import ShardState
 from jobs.lake.labels_table import LabelsTable
-from jobs.lake.plan import plan_shards
+from jobs.lake.plan import plan_failed, plan_shards
 from jobs.lake.shard_index import load_shard_index, save_shard_index
 from jobs.lake.sources import Shard, list_shards
 from jobs.lake.storage import ObjectInfo, Storage
@@ -31,6 +31,13 @@ class KnownImages:
 
     def ids(self, shard: str) -> frozenset[str]:
         return frozenset(image_id for image_id, done in self._shards.get(shard, {}).items() if done)
+
+    def open_ids(self, shard: str) -> frozenset[str]:
+        return frozenset(self._shards.get(shard, {})) - self.ids(shard)
+
+    def open_among(self, image_ids: Sequence[str]) -> frozenset[str]:
+        failed = frozenset[str]().union(*(self.open_ids(shard) for shard in self._shards))
+        return failed & frozenset(image_ids)
 
     def among(self, image_ids: Sequence[str]) -> frozenset[str]:
         done = frozenset[str]().union(*(self.ids(shard) for shard in self._shards))
@@ -54,6 +61,21 @@ def test_no_shards_no_plan() -> None:
 def test_a_new_source_is_planned_whole() -> None:
     shards = [tar("a.tar"), slice_of("1.jpg", "2.jpg")]
     assert list(plan_shards(shards, KnownImages({}), {})) == [(shard, frozenset()) for shard in shards]
+
+
+def test_to_try_failures_again_only_they_are_planned() -> None:
+    done = KnownImages({"a.tar": {"a.tar/1": True, "a.tar/2": False}, ".": {"1.jpg": False, "2.jpg": True}})
+    planned = dict(plan_failed([tar("a.tar"), tar("b.tar"), slice_of("1.jpg", "2.jpg", "3.jpg")], done))
+    (a_tar, single) = planned
+    assert (a_tar.name, [image_id for image_id, _ in single.objects]) == ("a.tar", ["1.jpg"])
+    skip = planned[a_tar]
+    assert [image_id in skip for image_id in ("a.tar/1", "a.tar/2", "a.tar/new")] == [True, False, True]
+
+
+def test_the_unread_rest_of_a_shard_is_tried_again_with_all_that_may_be_in_it() -> None:
+    done = KnownImages({"a.tar": {"a.tar/1": True, "a.tar/#tail": False}})
+    ((_, skip),) = plan_failed([tar("a.tar")], done)
+    assert [image_id in skip for image_id in ("a.tar/1", "a.tar/#tail", "a.tar/2")] == [True, False, False]
 
 
 def test_a_shard_is_left_out_once_a_run_read_it_to_its_end_and_committed_it() -> None:
