@@ -71,6 +71,7 @@ _LARGEST = 2**53  # the largest whole number that JSON carries everywhere
 Count = Annotated[int, Strict(), Field(ge=1, le=_LARGEST), Wanted("a whole number, 1 or more")]
 Fraction = Annotated[float, Strict(), Field(ge=0, le=1), Wanted("a number from 0 to 1")]
 Seconds = Annotated[float, Strict(), Field(gt=0, allow_inf_nan=False), Wanted("seconds, more than 0")]
+Age = Annotated[float, Strict(), Field(ge=0, allow_inf_nan=False), Wanted("seconds, 0 or more")]
 Flag = Annotated[bool, Strict(), Wanted("true or false")]
 Name = Annotated[str, Field(min_length=1), Wanted("a string (quote a number)")]
 Uri = Annotated[str, AfterValidator(_check_uri), Wanted("a path or a URI", secret=True)]
@@ -119,6 +120,9 @@ class SourceSpec(_Section):
     image_column: Name = Field(default="image", description="parquet: the column with the encoded bytes")
     id_column: Name | None = Field(default=None, description="parquet: becomes image_id; null: <shard>/<row>")
     include: Name = Field(default="*", description="glob on the key relative to uri")
+    listing_max_age_s: Age = Field(
+        default=0, description="take the lake's listing of many objects if it is no older; 0: list each time"
+    )
 
 
 class ModelSpec(_Section):

@@ -10,10 +10,12 @@ import secrets
 from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from typing import NoReturn
 
 from cluster.session import cluster_address, connect, shutdown
-from jobs.infer.read import ShardTask
+from jobs.infer.read import ShardTask, Tasks
 from jobs.infer.rows import Lineage
+from jobs.lake.done_images import DoneImages, LabelFile
 from jobs.lake.labels_table import LabelsTable
 from jobs.lake.models import read_checkpoint_bytes
 from jobs.lake.plan import plan_failed, plan_shards
@@ -103,14 +105,19 @@ def _actor_device(pool: PoolSpec) -> str:
     return "cuda" if num_gpus >= 1 else "cpu"
 
 
-def plan(job: Job, shards: Iterable[Shard]) -> tuple[list[ShardTask], LabelsTable | None]:
+def plan(job: Job, shards: Iterable[Shard]) -> tuple[Tasks, LabelsTable | None]:
     """The source's shards minus the table, nothing written; the table is None where the lake has none yet."""
     failures = job.spec.failures
-    if not LabelsTable.exists(job.lake_uri, job.storage):
-        return [] if failures.retry_only else [ShardTask(shard, frozenset()) for shard in shards], None
-    table = LabelsTable.open(job.lake_uri, job.storage)
-    done = table.done_images(job.source_uri, job.model_id, failures.retry)
-    if failures.retry_only:
-        return [ShardTask(shard, skip) for shard, skip in plan_failed(shards, done)], table
-    index = load_shard_index(job.storage, job.lake_uri, job.source_uri, job.model_id)
-    return [ShardTask(shard, skip) for shard, skip in plan_shards(shards, done, index)], table
+    table = None
+    if LabelsTable.exists(job.lake_uri, job.storage):
+        table = LabelsTable.open(job.lake_uri, job.storage)
+        done = table.done_images(job.source_uri, job.model_id, failures.retry)
+    else:
+        done = DoneImages((), job.source_uri, (), _no_keys)
+    index = load_shard_index(job.storage, job.lake_uri, job.source_uri, job.model_id) if table else {}
+    left = plan_failed(shards, done) if failures.retry_only else plan_shards(shards, done, index)
+    return Tasks(ShardTask(shard, skip) for shard, skip in left), table
+
+
+def _no_keys(file: LabelFile) -> NoReturn:
+    raise AssertionError(f"a table without files was asked for the keys of {file.path}")

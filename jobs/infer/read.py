@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pickle
 import time
-from collections.abc import Container, Iterator, Sequence
+import zlib
+from collections.abc import Container, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import pyarrow as pa
@@ -17,6 +19,7 @@ from schemas.errors import StorageError
 from schemas.specs import SourceSpec
 
 TASK_SCHEMA = pa.schema([("task", pa.large_binary())])
+_TASKS_PER_BATCH = 1000
 
 
 @dataclass(frozen=True)
@@ -27,9 +30,36 @@ class ShardTask:
     skip: Container[str]
 
 
-def task_table(tasks: Sequence[ShardTask]) -> pa.Table:
-    """One row a task. The pickles are the driver's own and travel inside the cluster only."""
-    return pa.table({"task": [pickle.dumps(task) for task in tasks]}, schema=TASK_SCHEMA)
+class Tasks(Iterable[ShardTask]):
+    """All tasks of a run, as compressed bytes in Arrow columns: a plan may name a billion objects.
+
+    Args:
+        tasks: gone through once.
+    """
+
+    def __init__(self, tasks: Iterable[ShardTask]) -> None:
+        self.num_bytes = 0  # of the shards' objects, to be read at most
+        stream = iter(tasks)
+        batches: list[pa.RecordBatch] = []
+        while pickles := [self._pickle(task) for task in islice(stream, _TASKS_PER_BATCH)]:
+            batches.append(pa.record_batch([pa.array(pickles, pa.large_binary())], schema=TASK_SCHEMA))
+        self.table = pa.Table.from_batches(batches, TASK_SCHEMA)
+
+    def _pickle(self, task: ShardTask) -> bytes:
+        """The driver's own, and it travels inside the cluster only."""
+        self.num_bytes += task.shard.num_bytes
+        return zlib.compress(pickle.dumps(task), 1)
+
+    def __len__(self) -> int:
+        return self.table.num_rows
+
+    def __iter__(self) -> Iterator[ShardTask]:
+        return map(_unpickle, self.table["task"])
+
+
+def _unpickle(task: Any) -> ShardTask:
+    unpickled: ShardTask = pickle.loads(zlib.decompress(task.as_py()))
+    return unpickled
 
 
 class UnitReader:
@@ -44,7 +74,7 @@ class UnitReader:
     def __call__(self, batch: Any) -> Iterator[pa.Table]:
         """Read what a table of TASK_SCHEMA asks for; Ray's types leave its format open."""
         for task in batch["task"]:
-            yield from self.read_units(pickle.loads(task.as_py()))
+            yield from self.read_units(_unpickle(task))
 
     def read_units(self, task: ShardTask) -> Iterator[pa.Table]:
         """READ_SCHEMA rows: the shard's units and, last, one without images that closes the shard.

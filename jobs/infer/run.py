@@ -28,13 +28,13 @@ from jobs.infer.job import Job, plan, prepare
 from jobs.infer.label import Replica
 from jobs.infer.pipeline import Pipeline, run_pipeline
 from jobs.infer.progress import Watcher
-from jobs.infer.read import ShardTask
+from jobs.infer.read import Tasks
 from jobs.infer.summary import Summary
 from jobs.lake.commit import Committer, DeltaStore, app_id
 from jobs.lake.labels_table import LabelsTable
 from jobs.lake.lease import Lease
+from jobs.lake.listing import Listing
 from jobs.lake.shard_index import save_shard_index
-from jobs.lake.sources import list_shards
 from schemas.errors import FailureBudgetExceeded, MasklakeError, StorageError
 from schemas.specs import InferSpec
 
@@ -67,9 +67,14 @@ def run_infer(spec: InferSpec, watcher: Watcher) -> Summary:
     summary = Summary(
         job.run_id, job.model_id, job.source_uri, job.lake_uri, precision=job.precision, device=job.device
     )
-    shards = list(list_shards(spec.source, job.storage))  # a listing of millions of keys: once is enough
+    with Listing.of(spec.source, job.storage, job.lake_uri) as shards:
+        return _run_over(job, shards, summary, watcher, started)
+
+
+def _run_over(job: Job, shards: Listing, summary: Summary, watcher: Watcher, started: float) -> Summary:
+    spec = job.spec
     tasks, table = plan(job, shards)
-    if not tasks:
+    if not len(tasks):
         return _nothing_to_do(job, summary, table, watcher, started)
 
     job.storage.probe_conditional_put(job.lake_uri)
@@ -87,7 +92,8 @@ def run_infer(spec: InferSpec, watcher: Watcher) -> Summary:
         )
         # Planned again now that nobody else commits: another run may have finished since the first look.
         tasks, _ = plan(job, shards)
-        if not tasks:
+        shards.keep(spec.source, job.storage, job.lake_uri)
+        if not len(tasks):
             return _nothing_to_do(job, summary, table, watcher, started)
         save_index = partial(
             save_shard_index, job.storage, job.lake_uri, job.source_uri, job.model_id, job.run_id
@@ -108,7 +114,10 @@ def run_infer(spec: InferSpec, watcher: Watcher) -> Summary:
         finally:
             watcher.stop(summary)
             summary.seconds = time.monotonic() - started
-            run.write_record("summary.json", json.dumps(summary.to_dict(), indent=2))
+            try:
+                run.write_record("summary.json", json.dumps(summary.to_dict(), indent=2))
+            except StorageError as error:  # what is committed stands, and why the run ended is worth more
+                watcher.note(f"the summary could not be written: {error}")
     return summary
 
 
@@ -136,7 +145,7 @@ class _Run:
     watcher: Watcher
     stop: _Stop = field(default_factory=lambda: _Stop())
 
-    def work(self, tasks: list[ShardTask]) -> None:
+    def work(self, tasks: Tasks) -> None:
         """Run the pipeline over the tasks, committing as it goes and once at the end."""
         cluster = connect()
         try:
@@ -144,11 +153,11 @@ class _Run:
         finally:
             shutdown()
 
-    def _work_on(self, cluster: ClusterInfo, tasks: list[ShardTask]) -> None:
+    def _work_on(self, cluster: ClusterInfo, tasks: Tasks) -> None:
         pool = self._pool(cluster)
         self.summary.shards = len(tasks)
         self.summary.actors = pool.max_actors
-        self.watcher.start(len(tasks), sum(_shard_bytes(task) for task in tasks))
+        self.watcher.start(len(tasks), tasks.num_bytes)
         replica = Replica(
             self.job.model_overrides,
             self.job.device,
@@ -252,13 +261,6 @@ class _Run:
             "all are committed as failed rows with their reasons. Look at them, mend what is wrong and try "
             "them again with --retry-failed, or raise the budget."
         )
-
-
-def _shard_bytes(task: ShardTask) -> int:
-    """What a task has to read at most; objects whose size a list does not say count as nothing."""
-    if task.shard.info is not None:
-        return max(0, task.shard.info.size)
-    return sum(max(0, info.size) for _, info in task.shard.objects if info is not None)
 
 
 @dataclass

@@ -7,6 +7,7 @@ Fragment that says all a commit needs to know about it, so that the driver never
 import hashlib
 import json
 import math
+import re
 import time
 import uuid
 from collections.abc import Mapping, Sequence
@@ -28,7 +29,7 @@ FILE_SCHEMA: pa.Schema = LABEL_SCHEMA.remove(LABEL_SCHEMA.get_field_index(PARTIT
 
 # Flat columns that a plan or a query prunes files by. Nested columns have no minimum in Delta; hashes prune
 # nothing.
-_STATS_COLUMNS = (
+STATS_COLUMNS = (
     "image_id",
     "source",
     "shard",
@@ -41,6 +42,7 @@ _STATS_COLUMNS = (
     "num_detections",
     "max_score",
 )
+_FRAGMENT_NAME = re.compile(r"[0-9a-f]{16}-[0-9a-f]{32}\.parquet")
 _MAX_STATS_CHARS = 255
 _LAST_CHAR = "\U0010ffff"
 
@@ -135,7 +137,7 @@ def write_fragment(
     buffer = pa.BufferOutputStream()
     pq.write_table(table, buffer, **PARQUET_OPTIONS)
     data = buffer.getvalue().to_pybytes()
-    path = f"{_partition_folder(model_id)}/{_unit_hash(unit_ids)}-{uuid.uuid4().hex}.parquet"
+    path = f"{partition_folder(model_id)}/{_unit_hash(unit_ids)}-{uuid.uuid4().hex}.parquet"
     storage.write_bytes(f"{labels_uri(lake_uri)}/{path}", data)
     return Fragment(
         path=path,
@@ -150,11 +152,16 @@ def write_fragment(
     )
 
 
+def is_fragment(path: str) -> bool:
+    """Whether a file of the table is called as write_fragment calls them: such a one has each image once."""
+    return _FRAGMENT_NAME.fullmatch(path.rpartition("/")[2]) is not None
+
+
 def check_model_id(model_id: str) -> None:
     """Raise UsageError where a model_id cannot be the name of a partition; most characters can."""
     # An empty partition value reads back as null, and stores take keys up to 1024 bytes, disks names up to
     # 255.
-    if not model_id or not model_id.isprintable() or len(_partition_folder(model_id)) > 255:
+    if not model_id or not model_id.isprintable() or len(partition_folder(model_id)) > 255:
         raise UsageError(
             f"model_id {model_id!r} cannot name a partition of the label table: it must be printable, not "
             f"empty and, percent-encoded, at most 246 characters long. Give the checkpoint a plainer name."
@@ -172,7 +179,7 @@ def delta_stats(table: pa.Table) -> dict[str, Any]:
     """
     minima: dict[str, Any] = {}
     maxima: dict[str, Any] = {}
-    for name in _STATS_COLUMNS:
+    for name in STATS_COLUMNS:
         bounds = pc.min_max(table[name])
         low = _bound(bounds["min"].as_py(), upper=False)
         high = _bound(bounds["max"].as_py(), upper=True)
@@ -180,7 +187,7 @@ def delta_stats(table: pa.Table) -> dict[str, Any]:
             minima[name] = low
         if high is not None:
             maxima[name] = high
-    nulls = {name: table[name].null_count for name in _STATS_COLUMNS}
+    nulls = {name: table[name].null_count for name in STATS_COLUMNS}
     return {"numRecords": table.num_rows, "minValues": minima, "maxValues": maxima, "nullCount": nulls}
 
 
@@ -204,7 +211,7 @@ def _count(table: pa.Table, status: Status) -> int:
     return table["status"].to_pylist().count(status)
 
 
-def _partition_folder(model_id: str) -> str:
+def partition_folder(model_id: str) -> str:
     """As Hive names it: readers that look at paths only (DuckDB, pyarrow) undo the percent-encoding."""
     return f"{PARTITION_COLUMN}={quote(model_id, safe='')}"
 

@@ -120,6 +120,11 @@ class LabelsTable:
             actions = actions.filter(pc.equal(actions[f"partition.{PARTITION_COLUMN}"], pa.scalar(model_id)))
         return list(_label_files(actions))
 
+    def paths(self) -> set[str]:
+        """Paths of every file of this version, below the table; cheaper than files()."""
+        actions = pa.table(self._delta.get_add_actions())
+        return {unquote(path) for path in actions["path"].to_pylist()}
+
     def file_uris(self, model_id: str | None = None) -> list[str]:
         """Absolute URIs of the Parquet files, plain paths on a disk, for readers that know no Delta.
 

@@ -10,6 +10,7 @@ from itertools import islice
 import pyarrow as pa
 from pyarrow import csv
 
+from jobs.lake.object_table import ObjectTable
 from jobs.lake.parquet_source import open_parquet
 from jobs.lake.shards import ImageIds, Shard
 from jobs.lake.storage import ObjectInfo, Storage
@@ -27,8 +28,8 @@ def list_slices(info: ObjectInfo, storage: Storage, slice_images: int) -> Iterat
     folder, _, name = info.uri.rpartition("/")
     ids = ImageIds(skip=())
     objects = (_object(uri, folder, ids) for uri in _uris(info, storage))
-    while batch := tuple(islice(objects, slice_images)):
-        yield Shard(info.uri, name, "files", None, batch, len(batch))
+    while batch := ObjectTable.of(islice(objects, slice_images)):
+        yield Shard(info.uri, name, "files", None, batch)
 
 
 def _object(uri: str, folder: str, ids: ImageIds) -> tuple[str, ObjectInfo | None]:

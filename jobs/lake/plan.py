@@ -4,16 +4,20 @@ Enters: shards, and what is known to be done. Leaves: the shards to read, each w
 Both come as values or as questions that values answer; nothing here touches storage of its own accord.
 """
 
-from collections.abc import Container, Iterable, Iterator, Sequence
+from __future__ import annotations
+
+from collections.abc import Container, Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any, Protocol
+
+import pyarrow as pa
 
 from jobs.lake.done_images import ShardState
+from jobs.lake.object_table import ObjectTable, concat
 from jobs.lake.shard_index import ShardIndex
+from jobs.lake.shard_listing import SLICE_IMAGES
 from jobs.lake.shards import TAIL_KEY
 from jobs.lake.sources import Shard
-
-_NO_SKIP: frozenset[str] = frozenset()
 
 
 class Done(Protocol):
@@ -25,9 +29,7 @@ class Done(Protocol):
 
     def open_ids(self, shard: str) -> frozenset[str]: ...
 
-    def among(self, image_ids: Sequence[str]) -> frozenset[str]: ...
-
-    def open_among(self, image_ids: Sequence[str]) -> frozenset[str]: ...
+    def known(self, image_ids: pa.ChunkedArray[Any]) -> pa.ChunkedArray[pa.BooleanScalar]: ...
 
 
 @dataclass(frozen=True)
@@ -45,18 +47,19 @@ def plan_shards(
 ) -> Iterator[tuple[Shard, Container[str]]]:
     """Give what is left to do: each shard that is not complete, and the ids of its images to skip.
 
-    A slice of single objects comes back without the objects that are done, so it has nothing to skip. A tar
-    or Parquet shard says how many images it has only once it was read: it is left out when an earlier run
-    read this very version of it to its end, and all of that is still in the table. Otherwise it is read
-    again, at worst to find every image done.
+    Slices of single objects come back as slices of SLICE_IMAGES of those that are left, so they have nothing
+    to skip. A tar or Parquet shard says how many images it has only once it was read: it is left out when an
+    earlier run read this very version of it to its end, and all of that is still in the table. Otherwise it
+    is read again, at worst to find every image done.
     """
+    left = _Slices()
     for shard in shards:
         if shard.format == "files":
-            done_ids = done.among([image_id for image_id, _ in shard.objects])
-            if (left := _without(shard, done_ids)).objects:
-                yield left, _NO_SKIP
+            known = done.known(shard.objects.image_ids).to_pylist()
+            yield from left.add(shard.objects.where([is_done is not True for is_done in known]), shard)
         elif not _is_complete(shard, done, index):
             yield shard, done.ids(shard.name)
+    yield from left.rest()
 
 
 def plan_failed(shards: Iterable[Shard], done: Done) -> Iterator[tuple[Shard, Container[str]]]:
@@ -64,19 +67,46 @@ def plan_failed(shards: Iterable[Shard], done: Done) -> Iterator[tuple[Shard, Co
 
     The row that stands for the unread rest of a shard is tried again with all that it stood for.
     """
+    left = _Slices()
     for shard in shards:
         if shard.format == "files":
-            open_ids = done.open_among([image_id for image_id, _ in shard.objects])
-            if open_ids:
-                yield _without(shard, AllBut(open_ids)), _NO_SKIP
+            known = done.known(shard.objects.image_ids).to_pylist()
+            yield from left.add(shard.objects.where([is_done is False for is_done in known]), shard)
         elif open_ids := done.open_ids(shard.name):
             has_tail = f"{shard.name}/{TAIL_KEY}" in open_ids
             yield shard, done.ids(shard.name) if has_tail else AllBut(open_ids)
+    yield from left.rest()
 
 
-def _without(shard: Shard, skip: Container[str]) -> Shard:
-    objects = tuple((image_id, info) for image_id, info in shard.objects if image_id not in skip)
-    return replace(shard, objects=objects, num_images=len(objects))
+class _Slices:
+    """Gathers what is left of slices into slices of SLICE_IMAGES: of a listing with a hole here and there,
+    one task for many holes.
+    """
+
+    def __init__(self) -> None:
+        self._last: Shard | None = None
+        self._parts: list[ObjectTable] = []
+        self._num = 0
+
+    def add(self, objects: ObjectTable, of: Shard) -> Iterator[tuple[Shard, frozenset[str]]]:
+        """Take what is left of a slice; all slices of a source are alike but for their objects."""
+        self._last = of
+        self._parts.append(objects)
+        self._num += len(objects)
+        if self._num >= SLICE_IMAGES:
+            objects = concat(self._parts)
+            whole = self._num - self._num % SLICE_IMAGES
+            for start in range(0, whole, SLICE_IMAGES):
+                yield self._slice(objects.part(start, SLICE_IMAGES))
+            self._parts, self._num = [objects.part(whole, self._num - whole)], self._num - whole
+
+    def rest(self) -> Iterator[tuple[Shard, frozenset[str]]]:
+        if self._num:
+            yield self._slice(concat(self._parts))
+
+    def _slice(self, objects: ObjectTable) -> tuple[Shard, frozenset[str]]:
+        assert self._last is not None, "there are objects, so there was a slice"
+        return replace(self._last, objects=objects), frozenset()
 
 
 def _is_complete(shard: Shard, done: Done, index: ShardIndex) -> bool:

@@ -7,6 +7,7 @@ from typing import Literal, cast
 import pyarrow as pa
 
 from jobs.lake.list_source import URI_COLUMN, list_slices
+from jobs.lake.object_table import ObjectTable
 from jobs.lake.parquet_source import check_columns, open_parquet
 from jobs.lake.shards import Shard, is_image_name
 from jobs.lake.storage import AccessDeniedError, MissingObjectError, ObjectInfo, Storage
@@ -24,7 +25,7 @@ SLICE_IMAGES = 512
 _LOOK_AHEAD = 1000
 
 
-def list_shards(spec: SourceSpec, storage: Storage) -> Iterator[Shard]:
+def list_shards(spec: SourceSpec, storage: Storage, slice_images: int = SLICE_IMAGES) -> Iterator[Shard]:
     """Find the shards of a source, in order of their keys, streamed.
 
     `source.uri` is a folder or prefix, a glob ("s3://bucket/2024-*.tar"; "*" also crosses "/"), or one
@@ -32,20 +33,23 @@ def list_shards(spec: SourceSpec, storage: Storage) -> Iterator[Shard]:
     objects are passed over. One .parquet without `image_column` but with a column `uri`, or one .csv, is a
     list. With a format and an `include` both given, whatever the glob matches is taken for that format.
 
+    Args:
+        slice_images: objects of one slice at most.
+
     Raises:
         UsageError: nothing there, nothing we read, more than one format, or a Parquet source without the
             columns; when called, or while iterating where it shows only later.
     """
     try:
-        return _list_shards(spec, storage)
+        return _list_shards(spec, storage, slice_images)
     except (MissingObjectError, AccessDeniedError) as error:
         raise UsageError(f"source {error}") from error
 
 
-def _list_shards(spec: SourceSpec, storage: Storage) -> Iterator[Shard]:
+def _list_shards(spec: SourceSpec, storage: Storage, slice_images: int) -> Iterator[Shard]:
     single = _single_object(spec, storage)
     if single and _is_list(single, spec, storage):
-        slices = list_slices(single, storage, SLICE_IMAGES)
+        slices = list_slices(single, storage, slice_images)
         if (first := next(slices, None)) is None:
             raise UsageError(f"source {spec.uri} is a list without a row")
         return chain([first], slices)
@@ -61,10 +65,10 @@ def _list_shards(spec: SourceSpec, storage: Storage) -> Iterator[Shard]:
     shard_format = head[0][0]
     objects = (info for _, info in chain(head, found))
     if shard_format == "files":
-        return _slices(objects, folder)
+        return _slices(objects, folder, slice_images)
     if shard_format == "parquet":
         _check_columns(head[0][1], spec, storage)
-    return (Shard(info.uri, _key(info.uri, folder), shard_format, info, (), None) for info in objects)
+    return (Shard(info.uri, _key(info.uri, folder), shard_format, info) for info in objects)
 
 
 def _single_object(spec: SourceSpec, storage: Storage) -> ObjectInfo | None:
@@ -146,9 +150,10 @@ def _format_of(uri: str) -> ShardFormat | None:
     return "files" if is_image_name(name.rpartition("/")[2]) else None
 
 
-def _slices(objects: Iterator[ObjectInfo], folder: str) -> Iterator[Shard]:
-    while batch := tuple((_key(info.uri, folder), info) for info in islice(objects, SLICE_IMAGES)):
-        yield Shard(batch[0][1].uri, ".", "files", None, batch, len(batch))
+def _slices(objects: Iterator[ObjectInfo], folder: str, slice_images: int) -> Iterator[Shard]:
+    while batch := list(islice(objects, slice_images)):
+        named = ObjectTable.of((_key(info.uri, folder), info) for info in batch)
+        yield Shard(batch[0].uri, ".", "files", None, named)
 
 
 def _key(uri: str, folder: str) -> str:

@@ -4,6 +4,7 @@ from collections.abc import Container
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
+from jobs.lake.object_table import NO_OBJECTS, ObjectTable
 from jobs.lake.storage import ObjectInfo
 from schemas.labels import ErrorKind
 
@@ -18,21 +19,23 @@ _IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".t
 class Shard:
     """What one read task reads.
 
-    uri: the tar or Parquet object; of a slice of single objects, the first one's.
+    uri: the tar or Parquet object; of a slice of single objects, one of them, or the list.
     name: stands in column `shard` and is the same in every run: the object's key below the source. All slices
         of a folder of images are one shard, ".", and all slices of a list are one, the list's name.
     info: the tar or Parquet object as it was listed; None for a slice.
-    objects: of a slice, (image_id, object) in the order of the listing; None instead of the object where a
-        list names the same image again. Empty otherwise.
-    num_images: of a slice; None where only reading tells.
+    objects: of a slice, in the order of the listing. Empty otherwise.
     """
 
     uri: str
     name: str
     format: Literal["tar", "parquet", "files"]
     info: ObjectInfo | None
-    objects: tuple[tuple[str, ObjectInfo | None], ...]
-    num_images: int | None
+    objects: ObjectTable = NO_OBJECTS
+
+    @property
+    def num_bytes(self) -> int:
+        """What there is to read at most; objects whose size a list does not say count as nothing."""
+        return self.objects.num_bytes if self.info is None else max(0, self.info.size)
 
 
 @dataclass(frozen=True)

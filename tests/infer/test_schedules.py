@@ -9,8 +9,9 @@ from __future__ import annotations
 import random
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import pyarrow as pa
 import pytest
@@ -21,6 +22,7 @@ from jobs.lake import done_images
 from jobs.lake.commit import Committer
 from jobs.lake.done_images import KEY_COLUMNS, DoneImages, LabelFile, Range
 from jobs.lake.fragments import Fragment
+from jobs.lake.object_table import ObjectTable
 from jobs.lake.plan import plan_shards
 from jobs.lake.shard_index import ShardIndex
 from jobs.lake.sources import Shard
@@ -50,11 +52,11 @@ class World:
     def listing(self) -> Iterator[Shard]:
         for name, (version, _) in self.shards.items():
             uri = f"{SOURCE}/{name}"
-            yield Shard(uri, name, "tar", ObjectInfo(uri, 1, None, version), (), None)
+            yield Shard(uri, name, "tar", ObjectInfo(uri, 1, None, version))
         for start in range(0, len(self.objects), 3):
             part = self.objects[start : start + 3]
-            objects = tuple((key, ObjectInfo(f"{SOURCE}/{key}", 1, None, "1")) for key in part)
-            yield Shard(f"{SOURCE}/{part[0]}", ".", "files", None, objects, len(objects))
+            objects = ObjectTable.of((key, ObjectInfo(f"{SOURCE}/{key}", 1, None, "1")) for key in part)
+            yield Shard(f"{SOURCE}/{part[0]}", ".", "files", None, objects)
 
     def table(self) -> list[str]:
         """The image of every row of the table."""
@@ -120,7 +122,7 @@ class Run:
         rng.shuffle(self._work)
 
     def _units(
-        self, planned: Iterator[tuple[Shard, frozenset[str]]]
+        self, planned: Iterator[tuple[Shard, Container[str]]]
     ) -> Iterator[tuple[UnitReport, str | None, list[str]]]:
         """(report, unit id or None, images) as the read stage gives them for what the source holds now."""
         size = self._rng.randint(1, 4)  # of units, which may differ from run to run
@@ -303,8 +305,8 @@ class _CountsTwice(Committer):
 class _PlansFromNothing(DoneImages):
     """Forgets single images that are done."""
 
-    def among(self, image_ids: Sequence[str]) -> frozenset[str]:
-        return frozenset()
+    def known(self, image_ids: pa.ChunkedArray[Any]) -> pa.ChunkedArray[pa.BooleanScalar]:
+        return pa.chunked_array([[None] * len(image_ids)], pa.bool_())
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import pytest
 
 from jobs.lake import files_source
 from jobs.lake import storage as storage_module
+from jobs.lake.object_table import ObjectTable
 from jobs.lake.shards import Shard
 from jobs.lake.sources import ShardReader, SourceImage, list_shards
 from jobs.lake.storage import TRIES, ObjectInfo, Storage
@@ -33,7 +34,7 @@ def read(
 
 
 def slice_of(*infos: tuple[str, ObjectInfo | None]) -> Shard:
-    return Shard("s3://bucket/list.csv", "list.csv", "files", None, infos, len(infos))
+    return Shard("s3://bucket/list.csv", "list.csv", "files", None, ObjectTable.of(infos))
 
 
 def unknown(uri: str) -> ObjectInfo:

@@ -9,7 +9,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from jobs.lake.fragments import FRAGMENT_SCHEMA, Fragment, check_model_id, delta_stats, write_fragment
+from jobs.lake.fragments import (
+    FRAGMENT_SCHEMA,
+    Fragment,
+    check_model_id,
+    delta_stats,
+    is_fragment,
+    write_fragment,
+)
 from jobs.lake.storage import Storage
 from schemas.errors import SchemaMismatchError, UsageError
 from schemas.labels import LABEL_SCHEMA
@@ -49,6 +56,8 @@ def test_the_same_rows_written_twice_make_two_files(
     second = write_fragment(rows, ["unit-1"], lake, MODEL, storage)
     assert first.path != second.path
     assert first.path.split("-")[:2] == second.path.split("-")[:2]
+    assert is_fragment(first.path)
+    assert not is_fragment(first.path.replace(first.path.rpartition("/")[2], "merged-0.parquet"))
 
 
 def test_masks_and_scores_are_encoded_as_the_schema_says(

@@ -12,7 +12,8 @@ import pyarrow.dataset as pads
 import pytest
 from deltalake import DeltaTable, QueryBuilder, write_deltalake
 
-from jobs.lake.done_images import ShardState
+from jobs.lake.compact import commit_compaction, merge_group, plan_compaction
+from jobs.lake.done_images import DoneImages, ShardState
 from jobs.lake.fragments import Fragment
 from jobs.lake.labels_table import LabelsTable
 from jobs.lake.storage import Storage
@@ -32,6 +33,12 @@ def table(lake: str, storage: Storage) -> LabelsTable:
     return LabelsTable.open_or_create(lake, storage)
 
 
+def among(done: DoneImages, image_ids: list[str]) -> frozenset[str]:
+    """Those of the ids that are done."""
+    known = done.known(pa.chunked_array([image_ids], pa.string())).to_pylist()
+    return frozenset(image_id for image_id, is_done in zip(image_ids, known, strict=True) if is_done)
+
+
 def test_a_new_table_is_empty(table: LabelsTable) -> None:
     assert table.version == 0
     assert table.model_ids() == []
@@ -41,7 +48,7 @@ def test_a_new_table_is_empty(table: LabelsTable) -> None:
     assert table.to_current(MODEL).fetchall() == []
     done = table.done_images(SOURCE, MODEL)
     assert done.state("shard-000.tar") == ShardState(0, 0)
-    assert done.ids("shard-000.tar") == done.among(["a"]) == done.among([]) == frozenset()
+    assert done.ids("shard-000.tar") == among(done, ["a"]) == among(done, []) == frozenset()
 
 
 def test_any_reader_may_read_the_table(table: LabelsTable) -> None:
@@ -304,7 +311,7 @@ def test_failed_images_are_done_unless_their_kind_is_to_be_retried(
     done = table.done_images(SOURCE, MODEL, retry=[ErrorKind.IO, ErrorKind.TRUNCATED])
     assert done.ids("x") == {"a", "c"}
     assert done.state("x") == ShardState(2, 2)
-    assert done.among(["d", "c", "b", "unheard-of"]) == {"c"}
+    assert among(done, ["d", "c", "b", "unheard-of"]) == {"c"}
 
 
 def test_the_newest_row_decides_whichever_file_it_is_in(
@@ -314,7 +321,7 @@ def test_the_newest_row_decides_whichever_file_it_is_in(
     add_labels(table, storage, make_rows(["a", "b", "c"], MODEL, shard="x", failed={"b": "io"}, at_us=100))
     add_labels(table, storage, make_rows(["c"], MODEL, shard="x", removed=["c"], at_us=300))
     done = table.done_images(SOURCE, MODEL, retry=[ErrorKind.IO])
-    assert done.ids("x") == done.among(["a", "b", "c"]) == {"a", "b"}
+    assert done.ids("x") == among(done, ["a", "b", "c"]) == {"a", "b"}
     assert done.state("x") == ShardState(2, 1)
 
 
@@ -336,6 +343,50 @@ def test_a_file_with_several_shards_is_counted_for_each(
     assert done.ids("z") == {"z/0"}
 
 
+@pytest.mark.parametrize("max_cached_rows", [1, 7, 1000])
+def test_merging_files_changes_nothing_about_what_is_done(
+    max_cached_rows: int,
+    table: LabelsTable,
+    lake: str,
+    storage: Storage,
+    make_rows: MakeRows,
+    add_labels: AddLabels,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("jobs.lake.done_images._MAX_CACHED_ROWS", max_cached_rows)
+    shards = {name: [f"{i:02}{name}" for i in range(4)] for name in "xyz"}  # the order of ids says no shard
+    for name, ids in shards.items():
+        add_labels(table, storage, make_rows(ids, MODEL, shard=name, failed={ids[1]: "io"}, at_us=1))
+    add_labels(table, storage, make_rows(["00y", "01z"], MODEL, shard="z", removed=["00y"], at_us=2))
+    add_labels(table, storage, make_rows(["00x"], MODEL, shard="x", source="s3://elsewhere", at_us=3))
+
+    def answers() -> list[object]:
+        found: list[object] = []
+        for retry in ([], [ErrorKind.IO]):
+            done = table.done_images(SOURCE, MODEL, retry=retry)
+            found += [(done.state(name), done.ids(name)) for name in "wxyz"]
+            found += [among(done, [*ids, "unheard-of"]) for ids in shards.values()]
+        return found
+
+    before = answers()
+    merged = [merge_group(group, lake, storage) for group in plan_compaction(table)]
+    assert len(commit_compaction(table, merged).done) == 1
+    assert len(table.files()) == 2
+    assert answers() == before
+    assert before[1] == (ShardState(4, 0), frozenset(shards["x"]))
+
+
+def test_an_image_twice_in_a_merged_file_counts_once(
+    table: LabelsTable, lake: str, storage: Storage, make_rows: MakeRows, add_labels: AddLabels
+) -> None:
+    add_labels(table, storage, make_rows(["a", "b"], MODEL, shard="x", failed={"a": "io"}, at_us=1))
+    add_labels(table, storage, make_rows(["a"], MODEL, shard="x", at_us=2))
+    (group,) = plan_compaction(table)
+    commit_compaction(table, [merge_group(group, lake, storage)])
+    assert [file.num_rows for file in table.files()] == [3]
+    assert table.done_images(SOURCE, MODEL).state("x") == ShardState(2, 0)
+
+
 def test_files_of_another_writer_without_stats_are_read(
     table: LabelsTable, storage: Storage, make_rows: MakeRows, add_labels: AddLabels, lake: str
 ) -> None:
@@ -345,7 +396,7 @@ def test_files_of_another_writer_without_stats_are_read(
     table.refresh()
     done = table.done_images(SOURCE, MODEL)
     assert done.state("x") == ShardState(3, 0)
-    assert done.among(["a", "b", "c", "d"]) == {"a", "b", "c"}
+    assert among(done, ["a", "b", "c", "d"]) == {"a", "b", "c"}
 
 
 @pytest.mark.parametrize("max_cached_files", [1, 4, 1000])
@@ -365,6 +416,6 @@ def test_among_finds_images_in_any_of_many_files(
     assert 0 < len(labelled) < 120
     done = table.done_images(SOURCE, MODEL)
     for size in (1, 7, 50, 120):
-        found = {i for start in range(0, 120, size) for i in done.among(ids[start : start + size])}
+        found = {i for start in range(0, 120, size) for i in among(done, ids[start : start + size])}
         assert found == labelled
-    assert done.among(list(reversed(ids))) == labelled
+    assert among(done, list(reversed(ids))) == labelled

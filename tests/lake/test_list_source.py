@@ -35,7 +35,7 @@ def test_images_come_from_wherever_their_uri_leads_and_are_called_by_it(
     write_list(tmp_path / name, uris)
     spec = SourceSpec(uri=str(tmp_path / name))
     (shard,) = list_shards(spec, storage)
-    assert (shard.name, shard.num_images) == (name, 5)
+    assert (shard.name, len(shard.objects)) == (name, 5)
     images = list(ShardReader(shard, spec, storage, frozenset()))
     assert [(image.image_id, image.data or image.error_kind) for image in images] == [
         ("near/1.jpg", b"one"),
@@ -51,7 +51,7 @@ def test_a_long_list_comes_in_slices_and_knows_repetitions_across_them(
 ) -> None:
     write_list(tmp_path / "list.csv", [*(f"{n}.jpg" for n in range(7)), "0.jpg", "0.jpg"])
     slices = list(list_slices(storage.stat(str(tmp_path / "list.csv")), storage, 4))
-    assert [shard.num_images for shard in slices] == [4, 4, 1]
+    assert [len(shard.objects) for shard in slices] == [4, 4, 1]
     assert {shard.name for shard in slices} == {"list.csv"}
     assert [image_id for shard in slices for image_id, _ in shard.objects][-2:] == ["0.jpg#2", "0.jpg#3"]
     assert slices[1].objects[3] == ("0.jpg#2", None)

@@ -1,14 +1,19 @@
 """The plan, jobs/lake/plan.py, and the shard index, jobs/lake/shard_index.py."""
 
+from __future__ import annotations
+
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pytest
 
+from jobs.lake import plan as plan_module
 from jobs.lake.done_images import ShardState
 from jobs.lake.labels_table import LabelsTable
+from jobs.lake.object_table import ObjectTable
 from jobs.lake.plan import plan_failed, plan_shards
 from jobs.lake.shard_index import load_shard_index, save_shard_index
 from jobs.lake.sources import Shard, list_shards
@@ -35,23 +40,21 @@ class KnownImages:
     def open_ids(self, shard: str) -> frozenset[str]:
         return frozenset(self._shards.get(shard, {})) - self.ids(shard)
 
-    def open_among(self, image_ids: Sequence[str]) -> frozenset[str]:
-        failed = frozenset[str]().union(*(self.open_ids(shard) for shard in self._shards))
-        return failed & frozenset(image_ids)
-
-    def among(self, image_ids: Sequence[str]) -> frozenset[str]:
-        done = frozenset[str]().union(*(self.ids(shard) for shard in self._shards))
-        return done & frozenset(image_ids)
+    def known(self, image_ids: pa.ChunkedArray[Any]) -> pa.ChunkedArray[pa.BooleanScalar]:
+        images = {image_id: done for shard in self._shards.values() for image_id, done in shard.items()}
+        return pa.chunked_array(
+            [[images.get(str(image_id)) for image_id in image_ids.to_pylist()]], pa.bool_()
+        )
 
 
 def tar(name: str, version: str = "v1") -> Shard:
     uri = f"{SOURCE}/{name}"
-    return Shard(uri, name, "tar", ObjectInfo(uri, 10, None, version), (), None)
+    return Shard(uri, name, "tar", ObjectInfo(uri, 10, None, version))
 
 
 def slice_of(*image_ids: str) -> Shard:
-    objects = tuple((i, ObjectInfo(f"{SOURCE}/{i}", 10, None, "v1")) for i in image_ids)
-    return Shard(f"{SOURCE}/{image_ids[0]}", ".", "files", None, objects, len(objects))
+    objects = ObjectTable.of((i, ObjectInfo(f"{SOURCE}/{i}", 10, None, "v1")) for i in image_ids)
+    return Shard(f"{SOURCE}/{image_ids[0]}", ".", "files", None, objects)
 
 
 def test_no_shards_no_plan() -> None:
@@ -122,7 +125,17 @@ def test_a_slice_comes_back_without_the_objects_that_are_done() -> None:
     shards = [slice_of("1.jpg", "2.jpg", "3.jpg"), slice_of("4.jpg")]
     ((left, skip),) = plan_shards(shards, done, {})
     assert [image_id for image_id, _ in left.objects] == ["2.jpg", "3.jpg"]
-    assert (left.num_images, left.name, left.uri, skip) == (2, ".", f"{SOURCE}/1.jpg", frozenset())
+    assert (left.name, skip) == (".", frozenset())
+
+
+def test_what_is_left_of_many_slices_is_gathered_into_full_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan_module, "SLICE_IMAGES", 3)
+    ids = [f"{number:02d}.jpg" for number in range(20)]
+    done = KnownImages({".": {image_id: True for image_id in ids if int(image_id[:2]) % 2}})
+    slices = [slice_of(*ids[:9]), slice_of(*ids[9:11]), slice_of(*ids[11:])]
+    planned = [[image_id for image_id, _ in left.objects] for left, _ in plan_shards(slices, done, {})]
+    assert [len(part) for part in planned] == [3, 3, 3, 1]
+    assert [image_id for part in planned for image_id in part] == ids[::2]
 
 
 def test_a_plan_is_lazy() -> None:

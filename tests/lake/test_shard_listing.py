@@ -7,7 +7,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from jobs.lake import shard_listing
 from jobs.lake.sources import Shard, list_shards
 from jobs.lake.storage import Storage
 from schemas.errors import UsageError
@@ -41,7 +40,7 @@ def test_tars_are_found_at_any_depth_and_named_by_their_key(storage: Storage, tm
     assert names_of(storage, f"file://{tmp_path}/") == expected
     (first, *_) = list_shards(SourceSpec(uri=str(tmp_path)), storage)
     assert first.info == storage.stat(f"{tmp_path}/a.TGZ")
-    assert (first.uri, first.objects, first.num_images) == (f"file://{tmp_path}/a.TGZ", (), None)
+    assert (first.uri, len(first.objects)) == (f"file://{tmp_path}/a.TGZ", 0)
 
 
 def test_parquet_shards_are_found(storage: Storage, tmp_path: Path) -> None:
@@ -52,10 +51,9 @@ def test_parquet_shards_are_found(storage: Storage, tmp_path: Path) -> None:
 def test_image_files_come_in_slices_of_one_shard(
     storage: Storage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(shard_listing, "SLICE_IMAGES", 2)
     fill(tmp_path, "b/2.JPEG", "b/1.jpg", "a.png", "notes.txt", "c.webp", "annotations.csv", "d.tif")
-    shards = list(list_shards(SourceSpec(uri=str(tmp_path)), storage))
-    assert [(shard.format, shard.name, shard.num_images) for shard in shards] == [
+    shards = list(list_shards(SourceSpec(uri=str(tmp_path)), storage, slice_images=2))
+    assert [(shard.format, shard.name, len(shard.objects)) for shard in shards] == [
         ("files", ".", 2),
         ("files", ".", 2),
         ("files", ".", 1),

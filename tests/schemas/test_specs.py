@@ -149,7 +149,10 @@ def test_an_unknown_key_is_refused_with_the_nearest_right_name(
             "failures.budget=120%",
             "failures.budget is 1.2, wanted a share such as 1% or 0.01, or a number of images such as 500",
         ),
-        ("failures.retry_only=true", "failures: retry_only is true and retry is empty: name the kinds of failure"),
+        (
+            "failures.retry_only=true",
+            "failures: retry_only is true and retry is empty: name the kinds of failure",
+        ),
         ("commit.every_s=.inf", "commit.every_s is inf, wanted seconds, more than 0"),
         ("storage.region=7", "storage.region is 7, wanted a string (quote a number), or null"),
         ("source.format=zip", "source.format is 'zip', wanted one of auto, tar, parquet, files, list"),

@@ -1,0 +1,173 @@
+"""Planning at scale: a source minus a label table of a million images, of ten million, and nothing to do.
+
+Run:  python benchmarks/planning.py [--images 10000000] [--out benchmarks/results]
+
+Each plan is made in a process of its own, which then says how long it took and how much memory it had. The
+source is a listing in temporary files, as a job makes one; what it costs to list is another matter. The table
+is on this machine's disk, in merged files of 100,000 rows.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from datetime import UTC, datetime
+
+import pyarrow as pa
+import pyarrow.compute
+
+from benchmarks.common.report import arguments, write_report
+from jobs.infer.read import ShardTask, Tasks
+from jobs.lake.commit import Committer, DeltaStore, app_id
+from jobs.lake.fragments import write_fragment
+from jobs.lake.labels_table import LabelsTable
+from jobs.lake.listing import SLICE_OBJECTS, Listing
+from jobs.lake.object_table import OBJECT_SCHEMA, ObjectTable
+from jobs.lake.plan import plan_shards
+from jobs.lake.shard_index import load_shard_index, save_shard_index
+from jobs.lake.shards import Shard
+from jobs.lake.storage import ObjectInfo, Storage
+from schemas.labels import LABEL_SCHEMA
+from schemas.specs import StorageSpec
+
+pc: Any = pyarrow.compute  # whose stubs know no arrays of unknown type
+MODEL = "lite-0123456789ab"
+SOURCE = "s3://photographs/2026"
+FILE_ROWS = 100_000
+TAR_IMAGES = 1000
+FORMS = ("files", "tar")
+
+
+def main() -> None:
+    parser = arguments(__doc__)
+    parser.add_argument("--images", type=int, default=10_000_000)
+    parser.add_argument("--plan", nargs=4, help="used by the script itself: lake, form, images, missing")
+    args = parser.parse_args()
+    if args.plan:
+        lake, form, images, missing = args.plan
+        print(json.dumps(measure(lake, form, int(images), missing == "missing")))
+        return
+    table = [["source", "images labelled", "missing", "seconds", "peak memory", "tasks", "must reach"]]
+    with tempfile.TemporaryDirectory() as folder:
+        for form in FORMS:
+            for images in (args.images // 10, args.images):
+                for missing in ("missing", "nothing"):
+                    lake = f"file://{folder}/{form}-{images}-{missing}"
+                    write_table(lake, form, images, missing == "missing")
+                    told = plan_apart(lake, form, images, missing)
+                    limit = "60 s, 2 GB" if images == args.images and missing == "missing" else ""
+                    limit = "10 s" if images < args.images and missing == "nothing" else limit
+                    table.append(
+                        [
+                            form,
+                            f"{images:,}",
+                            f"{told['num_missing']:,}",
+                            f"{told['seconds']:.1f}",
+                            f"{told['peak_mb']:.0f} MB",
+                            f"{told['tasks']:,}",
+                            limit,
+                        ]
+                    )
+                    print(table[-1], flush=True)
+    facts = [
+        "image ids are compared as strings, never by hashes, so none can be skipped for another",
+        f"tar: {TAR_IMAGES} images a shard; the missing images are spread over all shards",
+        "peak memory is the whole process's, 150 MB of it before it begins",
+    ]
+    write_report("planning", "Planning at scale", ["pyarrow", "deltalake"], facts, table, args.out)
+
+
+def plan_apart(lake: str, form: str, images: int, missing: str) -> dict[str, float]:
+    command = [sys.executable, "-m", "benchmarks.planning", "--plan", lake, form, str(images), missing]
+    output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    told: dict[str, float] = json.loads(output.splitlines()[-1])
+    return told
+
+
+def measure(lake: str, form: str, images: int, missing: bool) -> dict[str, float]:
+    storage = Storage(StorageSpec())
+    with Listing(tars(images) if form == "tar" else slices(images), 0.0) as listing:
+        started = time.perf_counter()
+        done = LabelsTable.open(lake, storage).done_images(SOURCE, MODEL)
+        index = load_shard_index(storage, lake, SOURCE, MODEL)
+        tasks = Tasks(ShardTask(shard, skip) for shard, skip in plan_shards(listing, done, index))
+        seconds = time.perf_counter() - started
+    peak_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    if form == "files":
+        num_missing = sum(len(task.shard.objects) for task in tasks)
+    else:
+        num_missing = sum(TAR_IMAGES - sum(1 for _ in task.skip) for task in tasks)  # type: ignore[attr-defined]
+    assert num_missing == (-(-images // 100) if missing else 0), f"{num_missing} of {images} planned"
+    return {"seconds": seconds, "peak_mb": peak_mb, "tasks": len(tasks), "num_missing": num_missing}
+
+
+def keys(start: int, end: int) -> Any:
+    """0000000000000000.jpg and so on."""
+    numbers = pc.cast(pa.array(range(start, end), pa.int64()), pa.string())
+    return pc.binary_join_element_wise(pc.utf8_lpad(numbers, 16, "0"), ".jpg", "")
+
+
+def slices(images: int) -> Iterator[Shard]:
+    for start in range(0, images, SLICE_OBJECTS):
+        ids = keys(start, min(start + SLICE_OBJECTS, images))
+        uris = pc.binary_join_element_wise(SOURCE, ids, "/")
+        etags = pc.utf8_lpad(pc.cast(pa.array(range(len(ids))), pa.string()), 32, "0")
+        columns = [ids, uris.cast(pa.binary()), pa.array([150_000] * len(ids), pa.int64()), etags, etags]
+        table = ObjectTable(pa.Table.from_arrays(columns, schema=OBJECT_SCHEMA))
+        yield Shard(SOURCE, ".", "files", None, table)
+
+
+def tar_name(number: int) -> str:
+    return f"shard-{number:06d}.tar"
+
+
+def tars(images: int) -> Iterator[Shard]:
+    for number in range(images // TAR_IMAGES):
+        uri = f"{SOURCE}/{tar_name(number)}"
+        yield Shard(uri, tar_name(number), "tar", ObjectInfo(uri, 150_000_000, None, "1"))
+
+
+def write_table(lake: str, form: str, images: int, missing: bool) -> None:
+    """Labels of all images, or of all but each hundredth, and the index of tar shards."""
+    storage = Storage(StorageSpec())
+    table = LabelsTable.open_or_create(lake, storage)
+    committer = Committer(DeltaStore(table), app_id(SOURCE, MODEL), {"run_id": "r"}, 60, 10**9)
+    for start in range(0, images, FILE_ROWS):
+        end = min(start + FILE_ROWS, images)
+        rows = label_rows(form, start, end)
+        if missing:
+            rows = rows.filter(pa.array([number % 100 != 0 for number in range(start, end)]))
+        committer.add(write_fragment(rows, [f"unit {start}"], lake, MODEL, storage))
+    committer.commit()
+    if form == "tar":
+        counts = {(tar_name(number), "1"): TAR_IMAGES for number in range(images // TAR_IMAGES)}
+        save_shard_index(storage, lake, SOURCE, MODEL, "r", counts)
+
+
+def label_rows(form: str, start: int, end: int) -> pa.Table:
+    num = end - start
+    ids, shards = keys(start, end), pa.array(["."] * num)
+    if form == "tar":
+        shards = pa.array([tar_name(number // TAR_IMAGES) for number in range(start, end)])
+        ids = pc.binary_join_element_wise(shards, ids, "/")
+    values: dict[str, Any] = {
+        "image_id": ids,
+        "source": pa.array([SOURCE] * num),
+        "shard": shards,
+        "status": pa.array(["ok"] * num),
+        "model_id": pa.array([MODEL] * num),
+        "run_id": pa.array(["r"] * num),
+        "labeled_at": pa.array([datetime(2026, 11, 1, tzinfo=UTC)] * num, pa.timestamp("us", "UTC")),
+        "detections": pa.array([[]] * num, LABEL_SCHEMA.field("detections").type),
+    }
+    arrays = [values[f.name] if f.name in values else pa.nulls(num, f.type) for f in LABEL_SCHEMA]
+    return pa.Table.from_arrays(arrays, schema=LABEL_SCHEMA)
+
+
+if __name__ == "__main__":
+    main()
