@@ -29,6 +29,7 @@ from botocore.exceptions import (
 from botocore.parsers import ResponseParserError
 from s3fs import S3FileSystem
 
+from jobs.lake.parallel_listing import Listed, pages_in_parallel
 from jobs.lake.store import (
     PAGE_KEYS,
     AccessDeniedError,
@@ -39,6 +40,7 @@ from jobs.lake.store import (
 )
 from schemas.errors import StorageError
 
+_DIRECTORY_BUCKET = "--x-s3"  # S3 Express One Zone
 _CONNECT_TIMEOUT_S = 10
 _SILENCE_TIMEOUT_S = 30  # without a byte; a body that comes slowly may take as long as it likes
 _WRITER_KEY = "masklake-writer"
@@ -132,12 +134,27 @@ class S3Store:
 
     def pages(self, path: str, attempt: Attempt) -> Iterator[list[ObjectInfo]]:
         bucket, key = _split(path)
-        request: dict[str, Any] = {"Bucket": bucket, "MaxKeys": PAGE_KEYS, "Prefix": f"{key}/" if key else ""}
+        prefix = f"{key}/" if key else ""
+        if bucket.endswith(_DIRECTORY_BUCKET):  # keys in no order, and no StartAfter
+            yield from self._pages_in_turn(bucket, prefix, attempt)
+            return
+
+        def list_page(prefix: str, after: str, max_keys: int) -> tuple[list[Listed], bool]:
+            request = {"Bucket": bucket, "Prefix": prefix, "MaxKeys": max_keys}
+            if after:
+                request["StartAfter"] = after
+            page = attempt(partial(self._call, "list_objects_v2", **request))
+            return [(item["Key"], _listed(bucket, item)) for item in page.get("Contents", ())], page[
+                "IsTruncated"
+            ]
+
+        yield from pages_in_parallel(list_page, prefix, PAGE_KEYS)
+
+    def _pages_in_turn(self, bucket: str, prefix: str, attempt: Attempt) -> Iterator[list[ObjectInfo]]:
+        request: dict[str, Any] = {"Bucket": bucket, "MaxKeys": PAGE_KEYS, "Prefix": prefix}
         while True:
             page = attempt(partial(self._call, "list_objects_v2", **request))
-            yield [
-                _info(bucket, item["Key"], item["Size"], item["ETag"]) for item in page.get("Contents", ())
-            ]
+            yield [_listed(bucket, item) for item in page.get("Contents", ())]
             if not page["IsTruncated"]:
                 return
             request["ContinuationToken"] = page["NextContinuationToken"]
@@ -230,10 +247,14 @@ def _split(path: str) -> tuple[str, str]:
     return bucket, key
 
 
+def _listed(bucket: str, item: Any) -> ObjectInfo:
+    return _info(bucket, item["Key"], item["Size"], item["ETag"])
+
+
 def _info(bucket: str, key: str, size: int, quoted_etag: str) -> ObjectInfo:
     etag = quoted_etag.strip('"')
     # A multipart upload's ETag ends in "-<parts>"; a directory bucket's ("--x-s3") is random.
-    is_md5 = re.fullmatch(r"[0-9a-f]{32}", etag) and not bucket.endswith("--x-s3")
+    is_md5 = re.fullmatch(r"[0-9a-f]{32}", etag) and not bucket.endswith(_DIRECTORY_BUCKET)
     return ObjectInfo(f"s3://{bucket}/{key}", size, etag if is_md5 else None, etag)
 
 

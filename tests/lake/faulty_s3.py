@@ -116,10 +116,10 @@ class FaultyS3:
         self._thread.join()
         self._server.server_close()
 
-    def new_bucket(self, storage: Storage) -> str:
+    def new_bucket(self, storage: Storage, suffix: str = "") -> str:
         """URI of an empty bucket; faults and the record of requests are cleared."""
         self.faults.clear()
-        bucket = f"bucket-{uuid.uuid4().hex}"
+        bucket = f"bucket-{uuid.uuid4().hex}{suffix}"
         storage.filesystem(f"s3://{bucket}")[0].call_s3("create_bucket", Bucket=bucket)
         self.requests.clear()
         return f"s3://{bucket}"
