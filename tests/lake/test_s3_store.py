@@ -162,11 +162,12 @@ class TestReading:
         with storage.open_verified(info) as stream:
             assert len(stream.read()) == 4
 
-    @pytest.mark.parametrize("suffix", ["", "--x-s3"])
+    @pytest.mark.parametrize("suffix", ["", "-in-turn"], ids=["in order", "in no order"])
     def test_a_listing_gives_its_first_page_at_once(
         self, server: FaultyS3, storage: Storage, monkeypatch: pytest.MonkeyPatch, suffix: str
     ) -> None:
         monkeypatch.setattr("jobs.lake.s3_store.PAGE_KEYS", 2)
+        monkeypatch.setattr("jobs.lake.s3_store._DIRECTORY_BUCKET", "-in-turn")
         bucket = server.new_bucket(storage, suffix)
         for n in range(7):
             storage.write_bytes(f"{bucket}/{n}", b"")
