@@ -1,9 +1,9 @@
 """A listing of many keys by many requests at once, where a store gives its keys in order, a page at a time.
 
-Enters: a function that lists one page. Leaves: every page, in the order of the keys. Where the first page is
-not all, requests for single keys find out by which characters the keys go on (probes), until there are enough
-prefixes; those are listed side by side. How well that spreads the work depends on the names; what is listed
-does not.
+Enters: a function that lists one page. Leaves: every page, in the order of the keys. Where some pages in turn
+are not all, requests for single keys find out by which characters the keys go on (probes), until there are
+enough prefixes; those are listed side by side. How well that spreads the work depends on the names; what is
+listed does not.
 """
 
 import queue
@@ -22,6 +22,7 @@ from schemas.errors import StorageError
 _LISTERS = 16
 # Prefixes of unequal sizes keep all listers busy if there are a few for each.
 _MIN_PREFIXES = 4 * _LISTERS
+_PAGES_IN_TURN = 10  # the probes cost as much as some dozens of pages
 _MAX_LEVELS = 8  # characters beyond what all keys share: "2026/01/31/" is ten, of which most are alike
 _MAX_CHILDREN = 100  # of one prefix; more characters than that are no digits or letters
 _PAGES_AHEAD = 32  # of one prefix, 1000 keys each: memory
@@ -48,12 +49,14 @@ class _Part:
 
 
 def pages_in_parallel(list_page: ListPage, prefix: str, page_keys: int) -> Iterator[list[ObjectInfo]]:
-    """Give every page below a prefix, in order, the first one at once. Errors of list_page come through."""
-    first, more = list_page(prefix, "", page_keys)
-    yield [info for _, info in first]
-    if not more or not first:
-        return
-    last_key = first[-1][0]
+    """Give every page below a prefix, in order, the first ones as they come. Errors of list_page come through."""
+    last_key, more = "", True
+    for _ in range(_PAGES_IN_TURN):
+        page, more = list_page(prefix, last_key, page_keys)
+        yield [info for _, info in page]
+        if not more or not page:
+            return
+        last_key = page[-1][0]
     with ThreadPoolExecutor(_LISTERS, thread_name_prefix="masklake-list") as pool:
         parts = _split(list_page, prefix, last_key, pool)
         waiting = deque(_Lister(list_page, part, last_key, page_keys) for part in parts)

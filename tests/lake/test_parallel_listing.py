@@ -5,7 +5,7 @@ import time
 from bisect import bisect_right
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from jobs.lake import parallel_listing
@@ -64,6 +64,13 @@ def test_every_key_comes_once_and_in_order(names: list[str]) -> None:
     assert listed(bucket) == bucket.keys
 
 
+@pytest.fixture
+def _splits_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parallel_listing, "_PAGES_IN_TURN", 1)
+
+
+@pytest.mark.usefixtures("_splits_at_once")
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(st.text(min_size=1, max_size=6), max_size=60), st.text(max_size=1))
 def test_whatever_the_keys_are_all_are_listed(keys: list[str], prefix: str) -> None:
     bucket = Bucket(keys, page_keys=3)

@@ -168,6 +168,7 @@ class TestReading:
     ) -> None:
         monkeypatch.setattr("jobs.lake.s3_store.PAGE_KEYS", 2)
         monkeypatch.setattr("jobs.lake.s3_store._DIRECTORY_BUCKET", "-in-turn")
+        monkeypatch.setattr("jobs.lake.parallel_listing._PAGES_IN_TURN", 1)
         bucket = server.new_bucket(storage, suffix)
         for n in range(7):
             storage.write_bytes(f"{bucket}/{n}", b"")
