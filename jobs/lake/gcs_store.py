@@ -60,7 +60,7 @@ class GcsStore:
                 return
             request["pageToken"] = page["nextPageToken"]
 
-    def read(self, path: str, start: int, end: int) -> bytes:
+    def read(self, path: str, start: int, end: int, version: str) -> bytes:
         data: bytes = self.filesystem.cat_file(path, start=start, end=end)
         return data
 

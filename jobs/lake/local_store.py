@@ -62,14 +62,16 @@ class LocalStore:
                 page = []
         yield page
 
-    def read(self, path: str, start: int, end: int) -> bytes:
+    def read(self, path: str, start: int, end: int, version: str) -> bytes:
         with open(path, "rb") as file:
-            before = _file_info(path, os.fstat(file.fileno()))
+            before = _file_info(path, os.fstat(file.fileno())).version
             file.seek(start)
             data = file.read(end - start)
-            after = _file_info(path, os.fstat(file.fileno()))
-        if after != before:  # written over in place: what was read may be half of each
-            raise ChangedObjectError(f"file://{path} was written to while it was read; run again")
+            after = _file_info(path, os.fstat(file.fileno())).version
+        if after != (version or before):  # another file, or this one written over: half of each, perhaps
+            raise ChangedObjectError(
+                f"file://{path} changed since it was listed, or while it was read; run again"
+            )
         return data
 
     def write(self, path: str, data: bytes) -> None:

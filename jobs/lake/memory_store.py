@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from fsspec.implementations.memory import MemoryFileSystem
 
-from jobs.lake.store import PAGE_KEYS, Attempt, MissingObjectError, ObjectInfo
+from jobs.lake.store import PAGE_KEYS, Attempt, ChangedObjectError, MissingObjectError, ObjectInfo
 from schemas.errors import StorageError
 
 # fsspec looks and then writes; between the two another thread may come.
@@ -29,7 +29,9 @@ class MemoryStore:
         for start in range(0, len(paths), PAGE_KEYS):
             yield [self.stat(path) for path in paths[start : start + PAGE_KEYS]]
 
-    def read(self, path: str, start: int, end: int) -> bytes:
+    def read(self, path: str, start: int, end: int, version: str) -> bytes:
+        if version not in ("", self.stat(path).version):
+            raise ChangedObjectError(f"memory://{path} was replaced since it was listed; run again")
         return self._content(path)[start:end]
 
     def write(self, path: str, data: bytes) -> None:

@@ -49,7 +49,7 @@ class _Part:
 
 
 def pages_in_parallel(list_page: ListPage, prefix: str, page_keys: int) -> Iterator[list[ObjectInfo]]:
-    """Give every page below a prefix, in order, the first ones as they come. Errors of list_page come through."""
+    """Give every page below a prefix, in order, the first ones as they come. Errors come through."""
     last_key, more = "", True
     for _ in range(_PAGES_IN_TURN):
         page, more = list_page(prefix, last_key, page_keys)

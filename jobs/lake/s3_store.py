@@ -27,6 +27,7 @@ from botocore.exceptions import (
     SSOError,
 )
 from botocore.parsers import ResponseParserError
+from fsspec.asyn import sync
 from s3fs import S3FileSystem
 
 from jobs.lake.parallel_listing import Listed, pages_in_parallel
@@ -34,6 +35,7 @@ from jobs.lake.store import (
     PAGE_KEYS,
     AccessDeniedError,
     Attempt,
+    ChangedObjectError,
     MissingObjectError,
     ObjectInfo,
     TransientStorageError,
@@ -47,7 +49,7 @@ _WRITER_KEY = "masklake-writer"
 # S3's error codes: https://docs.aws.amazon.com/AmazonS3/latest/API/ErrorResponses.html; a HEAD gives its
 # status only.
 _MISSING_CODES = frozenset({"NoSuchKey", "NotFound", "404"})
-_EXISTS_CODES = frozenset({"PreconditionFailed", "412"})
+_PRECONDITION_CODES = frozenset({"PreconditionFailed", "412"})
 _CREDENTIAL_CODES = frozenset(
     {
         "ExpiredToken",
@@ -159,8 +161,25 @@ class S3Store:
                 return
             request["ContinuationToken"] = page["NextContinuationToken"]
 
-    def read(self, path: str, start: int, end: int) -> bytes:
-        data: bytes = self.filesystem.cat_file(path, start=start, end=end)
+    def read(self, path: str, start: int, end: int, version: str) -> bytes:
+        bucket, key = _split(path)
+        request = {"Bucket": bucket, "Key": key, "Range": f"bytes={start}-{end - 1}"}
+        if version:
+            request["IfMatch"] = f'"{version}"'
+        try:
+            data: bytes = sync(self.filesystem.loop, self._get, request)
+        except OSError as error:
+            if _error_code(error) not in _PRECONDITION_CODES:
+                raise
+            raise ChangedObjectError(
+                f"s3://{path} was replaced since it was listed; run again for the new one"
+            ) from error
+        return data
+
+    async def _get(self, request: dict[str, Any]) -> bytes:
+        reply = await self.filesystem._call_s3("get_object", **request)
+        async with reply["Body"] as body:
+            data: bytes = await body.read()
         return data
 
     def write(self, path: str, data: bytes) -> None:
@@ -171,7 +190,7 @@ class S3Store:
         try:
             self._put(path, data, IfNoneMatch="*", Metadata={_WRITER_KEY: writer})
         except OSError as error:
-            if _error_code(error) not in _EXISTS_CODES:
+            if _error_code(error) not in _PRECONDITION_CODES:
                 raise
             head = self._call("head_object", Bucket=bucket, Key=key)
             return bool(head["Metadata"].get(_WRITER_KEY) == writer)

@@ -69,8 +69,12 @@ class Store(Protocol):
     def pages(self, path: str, attempt: Attempt) -> Iterator[list[ObjectInfo]]:
         """Every object below the folder `path`, at any depth, in order of the keys' bytes, page by page."""
 
-    def read(self, path: str, start: int, end: int) -> bytes:
-        """Bytes start to end, end excluded; fewer where the object ends before. start < end."""
+    def read(self, path: str, start: int, end: int, version: str) -> bytes:
+        """Bytes start to end, end excluded; fewer where the object ends before. start < end.
+
+        Raises ChangedObjectError where the store can tell that the object is no longer of that version, so
+        that parts read one after another are never parts of different objects; version "" stands for any.
+        """
 
     def write(self, path: str, data: bytes) -> None:
         """Whole or not at all; replaces what is there."""
