@@ -96,6 +96,7 @@ class UnitReader:
                 )
                 # Unique within the run: a shard is one task, and its image_ids are unique.
                 yield read_row(f"{shard.name}#{ordinal:06d}:{images[0].image_id}", report, images)
+                del images  # before the next ones are read: a unit is 64 MB
                 ordinal += 1
                 started = time.perf_counter()
             closing.shard_num_units = ordinal

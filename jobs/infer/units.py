@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, cast
 
+import numpy as np
 import pyarrow as pa
 
 from jobs.lake.sources import SourceImage
@@ -81,17 +82,36 @@ class UnitReport:
 
 def read_row(unit_id: str, report: UnitReport, images: Sequence[SourceImage]) -> pa.Table:
     """A table of one row from images just read."""
-    structs = [
-        {"image_id": i.image_id, "data": i.data, "error_kind": i.error_kind, "error": i.error} for i in images
-    ]
+    fields = list(_IMAGE_TYPE)
+    structs = pa.StructArray.from_arrays(
+        [
+            pa.array([image.image_id for image in images], pa.string()),
+            _large_binaries([image.data for image in images]),
+            pa.array([image.error_kind for image in images], pa.string()),
+            pa.array([image.error for image in images], pa.string()),
+        ],
+        fields=fields,
+    )
+    offsets = pa.array([0, len(images)], pa.int32())
     return pa.table(
         {
             "unit_id": pa.array([unit_id], pa.string()),
             "report": pa.array([report.to_json()], pa.string()),
-            "images": pa.array([structs], READ_SCHEMA.field("images").type),
+            "images": pa.ListArray.from_arrays(offsets, structs, type=READ_SCHEMA.field("images").type),
         },
         schema=READ_SCHEMA,
     )
+
+
+def _large_binaries(values: Sequence[bytes | None]) -> pa.LargeBinaryArray:
+    """As pa.array makes it, with one copy of the bytes instead of the two or three that growing takes."""
+    ends = np.cumsum([0, *(len(value or b"") for value in values)], dtype=np.int64)
+    is_valid = pa.array([value is not None for value in values], pa.bool_()).buffers()[1]
+    data = pa.py_buffer(b"".join(value or b"" for value in values))
+    array = pa.Array.from_buffers(
+        pa.large_binary(), len(values), [is_valid, pa.py_buffer(ends.tobytes()), data]
+    )
+    return cast("pa.LargeBinaryArray", array)
 
 
 def images_of(row: pa.Table) -> Iterator[SourceImage]:

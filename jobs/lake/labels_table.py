@@ -7,6 +7,7 @@ to_pyarrow_table() aborted processes at exit.
 
 import io
 import re
+import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -31,11 +32,16 @@ _PROPERTIES = {
     "delta.appendOnly": "true",
     # By default versions older than 30 days go at the next checkpoint; a training run may name one of them.
     "delta.enableExpiredLogCleanup": "false",
+    # A commit replays the log since the last checkpoint, on S3 a request a version, and a checkpoint writes
+    # down every file: about the square root of a job's commits costs least in all. deltalake's own is 100.
+    "delta.checkpointInterval": "25",
     _VERSION_PROPERTY: str(LABEL_SCHEMA_VERSION),
 }
 _RANGE_COLUMNS = ("image_id", "source", "shard", "status", "error_kind")
 # A file's keys are some KiB beside megabytes of masks, which Storage's own buffer would fetch with them.
 _READ_BUFFER_BYTES = 64 << 10
+# deltalake repeats what is busy by itself, but not a reply that was cut short.
+_OPEN_PAUSES_S = (0.2, 1.0)
 # None of them may be null, so a file's bounds hold for every row of it.
 _GUARANTEED_COLUMNS = ("image_id", "source", "shard", "status")
 
@@ -123,7 +129,7 @@ class LabelsTable:
     def paths(self) -> set[str]:
         """Paths of every file of this version, below the table; cheaper than files()."""
         actions = pa.table(self._delta.get_add_actions())
-        return {unquote(path) for path in actions["path"].to_pylist()}
+        return {unquote(str(path)) for path in actions["path"].to_pylist()}
 
     def file_uris(self, model_id: str | None = None) -> list[str]:
         """Absolute URIs of the Parquet files, plain paths on a disk, for readers that know no Delta.
@@ -206,16 +212,7 @@ class LabelsTable:
 
     def _load(self, version: int | None) -> DeltaTable:
         """Refuses a table that is not ours, before a row is read from it or added to it."""
-        options = self._storage.delta_options(self.uri)
-        try:
-            delta = DeltaTable(_delta_uri(self.uri), storage_options=options)
-            newest = delta.version()
-            if version is not None and version <= newest:
-                delta.load_as_version(version)
-        except TableNotFoundError as error:
-            raise UsageError(f"there is no label table at {self.uri}; check the lake's URI") from error
-        except Exception as error:  # deltalake raises OSError, DeltaError or bare Exception as it comes
-            raise StorageError(f"cannot open the label table at {self.uri}: {first_line(error)}") from error
+        delta, newest = self._open(version)
         if version is not None and version > newest:
             raise UsageError(
                 f"the label table at {self.uri} has no version {version}; its newest is {newest}"
@@ -234,6 +231,25 @@ class LabelsTable:
             )
         check_labels(_arrow_schema(delta), f"the table at {self.uri}")
         return delta
+
+    def _open(self, version: int | None) -> tuple[DeltaTable, int]:
+        """The log at a version, where there is such a one, and the newest version."""
+        options = self._storage.delta_options(self.uri)
+        for pause_s in (*_OPEN_PAUSES_S, None):
+            try:
+                delta = DeltaTable(_delta_uri(self.uri), storage_options=options)
+                newest = delta.version()
+                if version is not None and version <= newest:
+                    delta.load_as_version(version)
+                return delta, newest
+            except TableNotFoundError as error:
+                raise UsageError(f"there is no label table at {self.uri}; check the lake's URI") from error
+            except Exception as error:  # deltalake raises OSError, DeltaError or bare Exception as it comes
+                if pause_s is None:
+                    message = f"cannot open the label table at {self.uri}: {first_line(error)}"
+                    raise StorageError(message) from error
+            time.sleep(pause_s)
+        raise AssertionError("the last try returns or raises")
 
 
 class _ObjectHandler(pafs.FSSpecHandler):
