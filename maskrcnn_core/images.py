@@ -11,8 +11,11 @@ import io
 import re
 import struct
 import warnings
-import zlib
-from typing import Final, Literal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Final, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,8 +28,28 @@ from PIL.PngImagePlugin import PngImageFile
 from PIL.TiffImagePlugin import TiffImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
+from maskrcnn_core.picture_damage import (
+    jpeg_is_too_short,
+    jpeg_lacks_rows,
+    png_checksum_damage,
+    png_lacks_rows,
+)
+
 MAX_PIXELS: Final = 64_000_000
-"""Largest picture taken unless the caller says otherwise. It takes 0.6 GB to decode, 1.3 GB as float TIFF."""
+"""Largest picture taken unless the caller says otherwise: 8000 × 8000; cameras go up to 61 megapixels."""
+
+MAX_DECODE_BYTES: Final = 20 * MAX_PIXELS
+"""What decoding a picture of MAX_PIXELS may take beside the file and the pixels that are given.
+
+Measured with flat pictures of 64 megapixels (tests/chaos/test_hostile_images.py), per pixel: 4 bytes in most
+formats, which is Pillow's own copy; 7 for a progressive JPEG with its coefficients, 12 with four inks; 16 for
+WebP, whose library keeps the frame, the frame before, and a copy to hand out. The rest is room for error.
+"""
+
+_STRIP_PIXELS: Final = 640 * 480
+"""Samples are converted about as many pixels at a time: most photographs of data sets at once, a larger one
+in strips, so that no second copy of it is ever made.
+"""
 
 DecodeErrorKind = Literal["empty", "truncated", "corrupt", "unsupported", "too_large"]
 
@@ -74,20 +97,80 @@ def decode_image(data: bytes, max_pixels: int = MAX_PIXELS) -> NDArray[np.uint8]
     Raises:
         DecodeError: for every file that is not decoded whole; nothing else is raised for what the bytes are.
     """
+    picture = open_picture(data, max_pixels)
+    pixels = np.empty((picture.height, picture.width, 3), np.uint8)
+    top = 0
+    for strip in picture.strips():
+        pixels[top : top + len(strip)] = strip
+        top += len(strip)
+    return pixels
+
+
+def open_picture(data: bytes, max_pixels: int = MAX_PIXELS) -> "Picture":
+    """The same as decode_image, with the pixels still in Pillow's hands: for who has a place for them.
+
+    Raises:
+        DecodeError: as decode_image; strips() may raise it too.
+    """
     name, opener = _identify(data)
-    if opener is PngImageFile:
-        _check_png_checksums(data)
+    if opener is PngImageFile and (place := png_checksum_damage(data)):
+        raise DecodeError("corrupt", f"PNG is damaged: {place} has a wrong checksum; fetch it again")
     _ignore_pillow_warnings()
-    try:
+    with _refusing(name, data):
+        if opener is WebPImageFile:  # whose decoder makes room for the pixels as it opens
+            _check_size(name, _webp_size(data), max_pixels)
         with opener(io.BytesIO(data)) as image:
-            _check_size(name, image, max_pixels)
-            image.load()
-            pixels = _to_rgb(_upright(image))
-        if opener is JpegImageFile and _lacks_rows(data, pixels):
-            raise DecodeError(
-                "truncated", f"JPEG of {len(data)} bytes ends before its last row; fetch it again"
-            )
-        return pixels
+            _check_size(name, image.size, max_pixels)
+            if isinstance(image, JpegImageFile) and jpeg_is_too_short(data, image):
+                raise DecodeError(
+                    "truncated",
+                    f"JPEG of {len(data)} bytes cannot hold {image.width}×{image.height} pixels; "
+                    "fetch it again",
+                )
+            orientation = _load(image)
+            if (isinstance(image, JpegImageFile) and jpeg_lacks_rows(data, image)) or (
+                isinstance(image, PngImageFile) and png_lacks_rows(data, image)
+            ):
+                raise DecodeError(
+                    "truncated", f"{name} of {len(data)} bytes ends before its last row; fetch it again"
+                )
+            return Picture(name, data, image, orientation)
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture that decoded, as it is shown."""
+
+    _name: str
+    _data: bytes
+    _image: ImageFile
+    _orientation: int  # EXIF's, 1 to 8
+
+    @property
+    def height(self) -> int:
+        return self._image.size[self._orientation < 5]
+
+    @property
+    def width(self) -> int:
+        return self._image.size[self._orientation >= 5]
+
+    def strips(self) -> Iterator[NDArray[np.uint8]]:
+        """(h, W, 3) uint8 RGB from top to bottom, all heights together H; read-only where it may be.
+
+        Raises:
+            DecodeError: colours of a kind we do not take, or no memory for a strip.
+        """
+        with _refusing(self._name, self._data):
+            to_rgb = _rgb_converter(self._image)
+            for strip in _strips(self._image, self._orientation):
+                yield to_rgb(strip)
+
+
+@contextmanager
+def _refusing(name: str, data: bytes) -> Iterator[None]:
+    """Whatever goes wrong inside is a DecodeError outside."""
+    try:
+        yield
     except DecodeError:
         raise
     except (MemoryError, Image.DecompressionBombError) as error:
@@ -96,8 +179,8 @@ def decode_image(data: bytes, max_pixels: int = MAX_PIXELS) -> NDArray[np.uint8]
         raise _refusal(name, data, error) from error
 
 
-def _check_size(name: str, image: Image.Image, max_pixels: int) -> None:
-    width, height = image.size
+def _check_size(name: str, size: tuple[int, int], max_pixels: int) -> None:
+    width, height = size
     if width * height > max_pixels:
         raise DecodeError(
             "too_large",
@@ -164,6 +247,22 @@ def _identify(data: bytes) -> tuple[str, type[ImageFile]]:
     )
 
 
+def _webp_size(data: bytes) -> tuple[int, int]:
+    """Width and height of the canvas as the header gives them; 0×0 where it makes no sense.
+
+    Source: RFC 9649, sections 2.5 to 2.7.
+    """
+    kind, head = data[12:16], data[20:30]
+    if kind == b"VP8X":
+        return int.from_bytes(head[4:7], "little") + 1, int.from_bytes(head[7:10], "little") + 1
+    if kind == b"VP8L":
+        bits = int.from_bytes(head[1:5], "little")
+        return (bits & 0x3FFF) + 1, ((bits >> 14) & 0x3FFF) + 1
+    if kind == b"VP8 ":
+        return int.from_bytes(head[6:8], "little") & 0x3FFF, int.from_bytes(head[8:10], "little") & 0x3FFF
+    return 0, 0
+
+
 def _refusal(name: str, data: bytes, error: Exception) -> DecodeError:
     """What to say about a file with an image's first bytes that its decoder refuses."""
     reason = _one_line(error)
@@ -226,43 +325,6 @@ def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())[:200] or type(error).__name__
 
 
-# --- Damage that Pillow lets pass
-
-_CHECKED_PNG_CHUNKS: Final = (b"IHDR", b"PLTE", b"tRNS", b"IDAT")
-
-
-def _check_png_checksums(data: bytes) -> None:
-    """Compare the CRC of every PNG chunk that decides about pixels; Pillow skips those of the pixel data."""
-    view = memoryview(data)
-    start = 8
-    while start + 12 <= len(data):
-        length, chunk = struct.unpack_from(">I4s", data, start)
-        end = start + 12 + length
-        if end > len(data):
-            return  # cut short, which the decoder will find
-        if chunk in _CHECKED_PNG_CHUNKS:
-            (checksum,) = struct.unpack_from(">I", data, end - 4)
-            if zlib.crc32(view[start + 4 : end - 4]) != checksum:
-                place = f"chunk {chunk.decode()} at byte {start}"
-                raise DecodeError("corrupt", f"PNG is damaged: {place} has a wrong checksum; fetch it again")
-        start = end
-
-
-def _lacks_rows(data: bytes, pixels: NDArray[np.uint8]) -> bool:
-    """Whether a JPEG's data stop before its last row although it has an end marker.
-
-    libjpeg then paints the rest mid-grey, and Pillow says nothing. A picture may be grey at a border by
-    itself; so put bytes before the end marker: they change nothing behind a complete picture and show up in
-    another.
-    """
-    borders = (pixels[-1], pixels[0], pixels[:, -1], pixels[:, 0])  # which is last depends on the orientation
-    if not any((border == 128).all() for border in borders):
-        return False
-    end = data.rfind(b"\xff\xd9")
-    with JpegImageFile(io.BytesIO(data[:end] + b"\x5a" * 4096 + data[end:])) as image:
-        return not np.array_equal(pixels, _to_rgb(_upright(image)))
-
-
 def _ignore_pillow_warnings() -> None:
     """Put a filter for Pillow's warnings before all others, unless it is there already.
 
@@ -289,69 +351,126 @@ _BITS_PER_SAMPLE, _PHOTOMETRIC, _SAMPLE_FORMAT = 258, 262, 339  # TIFF tags
 _WHITE_IS_ZERO, _SIGNED = 0, 2  # values of the last two
 
 
-def _upright(image: ImageFile) -> Image.Image:
-    """The picture as EXIF orientation 1–8 wants it shown. (Pillow has turned a TIFF by itself.)"""
+_UPRIGHT: Final = 1
+
+
+def _load(image: ImageFile) -> int:
+    """Decode; leaves the pixels as they are stored and gives the EXIF orientation, 1–8, they are shown in."""
+    if isinstance(image, TiffImageFile):
+        # Pillow would turn a TIFF as it loads, into a second copy: the orientation is taken from it before,
+        # and its size, which is announced as if it were turned, set right.
+        orientation = _pop_orientation(image)
+        image.load()
+        image._size = image.im.size
+        return orientation
+    image.load()
+    return _pop_orientation(image)
+
+
+def _pop_orientation(image: ImageFile) -> int:
     try:
-        orientation = image.getexif().get(ExifTags.Base.Orientation)
+        orientation = image.getexif().pop(ExifTags.Base.Orientation, _UPRIGHT)
     except Exception:  # damaged metadata, of which Pillow's parser raises anything, do not spoil a picture
-        return image
-    transposition = _TRANSPOSITIONS.get(orientation) if isinstance(orientation, int) else None
-    return image if transposition is None else image.transpose(transposition)
+        return _UPRIGHT
+    return orientation if isinstance(orientation, int) and orientation in _TRANSPOSITIONS else _UPRIGHT
 
 
-def _to_rgb(image: Image.Image) -> NDArray[np.uint8]:
-    """(H, W, 3) uint8 of a decoded picture in any of Pillow's modes."""
+def _strips(image: Image.Image, orientation: int) -> Iterator[Image.Image]:
+    """The picture as it is shown, cut into strips of about _STRIP_PIXELS from top to bottom."""
+    width, height = image.size
+    if orientation >= 5:  # rows that are shown are columns as stored
+        width, height = height, width
+    num_rows = max(1, _STRIP_PIXELS // width)
+    for top in range(0, height, num_rows):
+        foot = min(height, top + num_rows)
+        # Rows counted from the other end, for what is shown upside down or from the right.
+        low, high = (height - foot, height - top) if orientation in (3, 4, 7, 8) else (top, foot)
+        box = (0, low, width, high) if orientation < 5 else (low, 0, high, width)
+        strip = image if num_rows >= height else image.crop(box)
+        yield strip if orientation == _UPRIGHT else strip.transpose(_TRANSPOSITIONS[orientation])
+
+
+def _rgb_converter(image: ImageFile) -> Callable[[Image.Image], NDArray[np.uint8]]:
+    """How strips of a decoded picture, of any of Pillow's modes, become (h, W, 3) uint8."""
     tags = image.tag_v2 if isinstance(image, TiffImageFile) else {}
     if _SIGNED in np.atleast_1d(tags.get(_SAMPLE_FORMAT, 1)):
         raise DecodeError(
             "unsupported", "signed samples do not say what is black; convert the image to 8-bit RGB"
         )
     if image.mode == "F" or image.mode.startswith("I"):
-        grey = _deep_grey(image, num_bits=12 if tags.get(_BITS_PER_SAMPLE) == (12,) else 16)
-        if tags.get(_PHOTOMETRIC) == _WHITE_IS_ZERO:
-            grey = 255 - grey
-        return np.repeat(grey[:, :, np.newaxis], 3, axis=2)
+        to_grey = _grey_converter(image, num_bits=12 if tags.get(_BITS_PER_SAMPLE) == (12,) else 16)
+        white_is_zero = tags.get(_PHOTOMETRIC) == _WHITE_IS_ZERO
+
+        def from_grey(strip: Image.Image) -> NDArray[np.uint8]:
+            grey = to_grey(np.asarray(strip))
+            return np.repeat((255 - grey if white_is_zero else grey)[:, :, np.newaxis], 3, axis=2)
+
+        return from_grey
     if image.has_transparency_data:
-        image = _on_white(image)
+        return _on_white if _shows_alpha(image) else _without_alpha
     if image.mode not in ("1", "L", "P", "RGB", "CMYK", "YCbCr"):
         raise DecodeError(
             "unsupported", f"colour mode {image.mode} is not taken; convert the image to 8-bit RGB"
         )
-    return np.array(image if image.mode == "RGB" else image.convert("RGB"))
+    return _opaque
 
 
-def _on_white(image: Image.Image) -> Image.Image:
-    """Composite on white; drop an alpha that shows nothing at all."""
-    if image.mode == "La":  # grey premultiplied by alpha, which Pillow converts in two steps only
-        image = image.convert("LA")
-    image = image.convert("RGBA")
-    alpha = image.getchannel("A")
-    if alpha.getextrema() in ((255, 255), (0, 0)):
-        return image.convert("RGB")
-    canvas = Image.new("RGB", image.size, "white")
-    canvas.paste(image, mask=alpha)
-    return canvas
+def _opaque(strip: Image.Image) -> NDArray[np.uint8]:
+    return np.asarray(strip if strip.mode == "RGB" else strip.convert("RGB"))
 
 
-def _deep_grey(image: Image.Image, num_bits: int) -> NDArray[np.uint8]:
-    """(H, W) uint8 of float, 32-bit or num_bits grey samples, which Pillow would clip instead of scale."""
-    samples = np.asarray(image)
+def _with_alpha(strip: Image.Image) -> Image.Image:
+    if strip.mode == "La":  # grey premultiplied by alpha, which Pillow converts in two steps only
+        strip = strip.convert("LA")
+    return strip.convert("RGBA")
+
+
+def _shows_alpha(image: Image.Image) -> bool:
+    """Whether some pixels are seen through or not seen, and not all of them not at all."""
+    lowest, highest = 255, 0
+    for strip in _strips(image, _UPRIGHT):
+        alpha = np.asarray(_with_alpha(strip).getchannel("A"))
+        lowest, highest = min(lowest, int(alpha.min())), max(highest, int(alpha.max()))
+    return (lowest, highest) not in ((255, 255), (0, 0))
+
+
+def _without_alpha(strip: Image.Image) -> NDArray[np.uint8]:
+    return _opaque(_with_alpha(strip))
+
+
+def _on_white(strip: Image.Image) -> NDArray[np.uint8]:
+    strip = _with_alpha(strip)
+    canvas = Image.new("RGB", strip.size, "white")
+    canvas.paste(strip, mask=strip.getchannel("A"))
+    return np.asarray(canvas)
+
+
+def _grey_converter(image: Image.Image, num_bits: int) -> Callable[[NDArray[Any]], NDArray[np.uint8]]:
+    """Float, 32-bit or num_bits grey samples to 8 bits, which Pillow would clip instead of scale."""
     if image.mode == "F":
-        return _from_floats(samples)
+        return partial(_from_floats, *_float_range(image))
     if image.mode == "I":  # 32 unsigned bits, which Pillow takes for signed ones
-        return (samples.view(np.uint32) >> 24).astype(np.uint8)
-    return (samples >> (num_bits - 8)).astype(np.uint8)
+        return lambda samples: (samples.view(np.uint32) >> 24).astype(np.uint8)
+    return lambda samples: (samples >> (num_bits - 8)).astype(np.uint8)
 
 
-def _from_floats(samples: NDArray[np.float32]) -> NDArray[np.uint8]:
-    is_finite = np.isfinite(samples)
-    low = float(np.min(samples, where=is_finite, initial=np.inf))
-    high = float(np.max(samples, where=is_finite, initial=-np.inf))
+def _float_range(image: Image.Image) -> tuple[float, float]:
+    """The values that become 0 and 255."""
+    low, high = np.inf, -np.inf
+    for strip in _strips(image, _UPRIGHT):
+        samples = np.asarray(strip)
+        is_finite = np.isfinite(samples)
+        low = min(low, float(np.min(samples, where=is_finite, initial=np.inf)))
+        high = max(high, float(np.max(samples, where=is_finite, initial=-np.inf)))
     if low >= 0 and high <= 255:
-        low, high = 0.0, 1.0 if high <= 1 else 255.0
+        return 0.0, 1.0 if high <= 1 else 255.0
+    return low, high
+
+
+def _from_floats(low: float, high: float, samples: NDArray[np.float32]) -> NDArray[np.uint8]:
     scale = 255 / (high - low) if high > low else 0.0
     with np.errstate(over="ignore", invalid="ignore"):
         levels = (samples - np.float32(low)) * np.float32(scale)
-    levels = np.nan_to_num(levels, nan=0.0).clip(0, 255)
-    grey: NDArray[np.uint8] = np.rint(levels).astype(np.uint8)
+    np.nan_to_num(levels, copy=False, nan=0.0).clip(0, 255, out=levels)
+    grey: NDArray[np.uint8] = np.rint(levels, out=levels).astype(np.uint8)
     return grey

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import warnings
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from typing import cast
@@ -19,8 +19,9 @@ import ray.data
 from ray.util.annotations import RayDeprecationWarning
 
 from cluster.profiles import PoolPlan
+from jobs.infer.attempts import SharedAttempts
 from jobs.infer.label import Labeler, Replica
-from jobs.infer.read import ShardTask, UnitReader, task_table
+from jobs.infer.read import Tasks, UnitReader
 from jobs.infer.rows import Lineage
 from jobs.infer.units import UnitReport
 from jobs.infer.write import FragmentWriter
@@ -31,6 +32,11 @@ from schemas.specs import InferSpec
 # Ray cuts blocks at this size. One byte: each unit becomes a block of its own, so that an actor call takes
 # one unit and its result moves on at once instead of waiting for the block to fill.
 BLOCK_BYTES = 1
+
+# How often a unit may lose its actor; Ray's default is for ever. An image that kills the actor takes two (see
+# attempts.py), so a unit may hold a dozen of them and still meet ten lost nodes or killed workers, its own or
+# those of the unit that waits behind it. More is not the images' fault, and the run ends with an error.
+MAX_LOST_ACTORS = 32
 
 
 @dataclass(frozen=True)
@@ -44,9 +50,15 @@ class FinishedUnit:
 class _LabelActor:
     """Ray's handle on a Labeler: fetches the checkpoint's bytes from the object store once."""
 
-    def __init__(self, checkpoint: ray.ObjectRef[bytes], replica: Replica, lineage: Lineage) -> None:
+    def __init__(
+        self,
+        checkpoint: ray.ObjectRef[bytes],
+        replica: Replica,
+        lineage: Lineage,
+        attempts: SharedAttempts,
+    ) -> None:
         node = ray.get_runtime_context().get_node_id()
-        self._labeler = Labeler(ray.get(checkpoint), replica, lineage, node)
+        self._labeler = Labeler(ray.get(checkpoint), replica, lineage, node, attempts)
 
     def __call__(self, row: pa.Table) -> pa.Table:
         return self._labeler(row)
@@ -56,7 +68,7 @@ class _LabelActor:
 class Pipeline:
     """All that the stages need to know."""
 
-    tasks: Sequence[ShardTask]
+    tasks: Tasks
     spec: InferSpec
     storage: Storage
     lineage: Lineage
@@ -74,13 +86,14 @@ class Pipeline:
 def run_pipeline(pipeline: Pipeline) -> Generator[FinishedUnit, None, None]:
     """Finished units as they come, in no order. Closing the iterator stops the pipeline."""
     with _quiet_ray_data():
-        yield from _finished(_build(pipeline))
+        attempts = SharedAttempts()  # ends with this function
+        yield from _finished(_build(pipeline, attempts))
 
 
-def _build(pipeline: Pipeline) -> ray.data.Dataset:
+def _build(pipeline: Pipeline, attempts: SharedAttempts) -> ray.data.Dataset:
     pool = pipeline.pool
     return (
-        ray.data.from_arrow(task_table(pipeline.tasks))
+        ray.data.from_arrow(pipeline.tasks.table)
         .repartition(target_num_rows_per_block=1)  # a shard a task; from_items takes 12 times as long
         .map_batches(
             pipeline.reader().__call__,
@@ -90,7 +103,12 @@ def _build(pipeline: Pipeline) -> ray.data.Dataset:
         )
         .map_batches(
             _LabelActor,
-            fn_constructor_args=(ray.put(pipeline.checkpoint), pipeline.replica, pipeline.lineage),
+            fn_constructor_args=(
+                ray.put(pipeline.checkpoint),
+                pipeline.replica,
+                pipeline.lineage,
+                attempts,
+            ),
             batch_size=1,
             batch_format="pyarrow",
             compute=ray.data.ActorPoolStrategy(
@@ -100,7 +118,8 @@ def _build(pipeline: Pipeline) -> ray.data.Dataset:
             ),
             num_cpus=pool.cpus_per_actor,
             num_gpus=pool.gpus_per_actor or None,
-            max_task_retries=2,  # Ray's default is to retry a unit that crashes its actor for ever
+            max_restarts=-1,
+            max_task_retries=MAX_LOST_ACTORS,
         )
         .map_batches(
             pipeline.writer().__call__,

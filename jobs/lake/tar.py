@@ -24,6 +24,10 @@ BLOCK_BYTES = 512
 # A path is at most 4096 bytes on Linux; a pax header may carry comments and ACLs too, far below this.
 MAX_EXTENSION_BYTES = 1 << 20
 _SKIP_CHUNK_BYTES = 1 << 20
+# A compressed tar may unpack to so many times its size, or to so much if it is small; deflate reaches 1032.
+# Photographs do not shrink at all, drawings as BMP by 50, and a bomb would be unpacked for hours.
+_MAX_EXPANSION = 100
+_MAX_SMALL_BYTES = 1 << 30
 _MAX_SIZE_BYTES = 1 << 60  # no storage holds more, and no offset beyond overflows
 _ZERO_BLOCK = bytes(BLOCK_BYTES)
 
@@ -65,15 +69,19 @@ class TarReader:
         stream: read(n) gives n bytes unless the stream ends first. With total_bytes it must be seekable.
         total_bytes: size of the tar; members are checked against it. None where it is not known before the
             end (a compressed tar): then data are passed over by reading them.
+        packed_bytes: size of the compressed tar, where it is one.
 
     Raises (while iterating and reading):
         TarError: kind `truncated` when the tar ends before its end marker, `corrupt` when a header or the
-            compression is damaged.
+            compression is damaged, `too_large` when a compressed tar unpacks to absurdly much.
     """
 
-    def __init__(self, stream: BinaryIO, total_bytes: int | None) -> None:
+    def __init__(self, stream: BinaryIO, total_bytes: int | None, packed_bytes: int | None = None) -> None:
         self._stream = stream
         self._total_bytes = total_bytes
+        self._max_bytes = (
+            None if packed_bytes is None else max(_MAX_SMALL_BYTES, _MAX_EXPANSION * packed_bytes)
+        )
         self._offset_bytes = 0
         self._unread_bytes = 0  # of the current member's data
         self._padding_bytes = 0  # after them, up to the next block
@@ -183,6 +191,13 @@ class TarReader:
             self._take(min(end_bytes - self._offset_bytes, _SKIP_CHUNK_BYTES), "inside a member's data")
 
     def _read(self, size_bytes: int) -> bytes:
+        if self._max_bytes is not None and self._offset_bytes + size_bytes > self._max_bytes:
+            raise TarError(
+                ErrorKind.TOO_LARGE,
+                self._offset_bytes,
+                f"the compressed tar unpacks to more than {self._max_bytes} bytes, {_MAX_EXPANSION} times "
+                f"its size (a bomb?); if it is meant, pack it uncompressed",
+            )
         try:
             return self._stream.read(size_bytes)
         except EOFError as error:

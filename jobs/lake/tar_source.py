@@ -30,6 +30,10 @@ def read_tar(shard: Shard, info: ObjectInfo, storage: Storage, ids: ImageIds) ->
     Where the archive is damaged, the images before the damage are good, and one more failed row stands for
     the rest of it: "<shard name>/#tail", which says at which byte. It is also there where nothing could be
     read.
+
+    Raises:
+        ChangedObjectError, MissingObjectError: the shard was replaced or deleted while it was read; what came
+            before are images of the one that was listed, and nothing is known about the rest.
     """
     try:
         with storage.open_verified(info) as stream:
@@ -44,11 +48,12 @@ def _members(shard: Shard, info: ObjectInfo, stream: BinaryIO, ids: ImageIds) ->
     is_gzip = stream.read(2) == _GZIP_MAGIC
     stream.seek(0)
     if is_gzip:
-        reader = TarReader(cast(BinaryIO, gzip.GzipFile(fileobj=stream)), None)
+        reader = TarReader(cast(BinaryIO, gzip.GzipFile(fileobj=stream)), None, packed_bytes=info.size)
     else:
         reader = TarReader(stream, info.size)
     for member in reader:
-        if not is_image_name(member.name):
+        # A name that climbs, "../a.jpg", is odd but not hidden.
+        if not is_image_name("/".join(part for part in member.name.split("/") if part not in (".", ".."))):
             continue
         claimed = ids.claim(f"{shard.name}/{member.name.rpartition('.')[0]}")
         if not claimed.wanted:

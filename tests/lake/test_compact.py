@@ -2,6 +2,8 @@
 
 import json
 import pickle
+import random
+import uuid
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -14,10 +16,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jobs.lake import compact
+from jobs.lake.commit import Committer, DeltaStore, app_id
 from jobs.lake.compact import commit_compaction, group_files, merge_group, plan_compaction
 from jobs.lake.done_images import LabelFile, Range
-from jobs.lake.fragments import Fragment
+from jobs.lake.fragments import Fragment, write_fragment
 from jobs.lake.labels_table import LabelsTable
+from jobs.lake.rewrite import MergedFile
 from jobs.lake.storage import CorruptObjectError, Storage
 
 MODEL = "lite-0123456789ab"
@@ -184,6 +188,13 @@ def test_a_file_that_lost_rows_or_bytes_is_not_merged(
     assert len(list(path.parent.iterdir())) == 2
 
 
+def append(rows: pa.Table, table: LabelsTable, lake: str, storage: Storage, writer: str) -> None:
+    """Commit rows as a run does, from whatever version the table shows."""
+    committer = Committer(DeltaStore(table), app_id("tests", writer), {}, every_s=60, every_images=1)
+    committer.add(write_fragment(rows, [uuid.uuid4().hex], lake, MODEL, storage))
+    committer.commit()
+
+
 def test_labels_that_arrive_while_files_are_merged_stay(
     table: LabelsTable, lake: str, storage: Storage, make_rows: MakeRows, add_labels: AddLabels
 ) -> None:
@@ -191,9 +202,9 @@ def test_labels_that_arrive_while_files_are_merged_stay(
     add_labels(table, storage, make_rows(["a0"], MODEL), make_rows(["b0"], MODEL))
     writer = LabelsTable.open(lake, storage)
 
-    def append() -> None:
+    def write() -> None:
         for number in range(1, 13):
-            add_labels(writer, storage, make_rows([f"{c}{number}" for c in "ab"], MODEL))
+            append(make_rows([f"{c}{number}" for c in "ab"], MODEL), writer, lake, storage, "writer")
 
     def compact_all(_: int) -> int:
         mine, num_done = LabelsTable.open(lake, storage), 0
@@ -203,10 +214,50 @@ def test_labels_that_arrive_while_files_are_merged_stay(
         return num_done
 
     with ThreadPoolExecutor(3) as pool:
-        appended = pool.submit(append)
+        appended = pool.submit(write)
         num_done = sum(pool.map(compact_all, range(2)))
         appended.result()
     table.refresh()
     assert num_done >= 1
     ids = [str(image_id) for image_id in table.dataset(MODEL).to_table()["image_id"]]
     assert sorted(ids) == sorted(f"{c}{number}" for c in "ab" for number in range(13))
+
+
+@pytest.mark.parametrize(
+    "seeds", [range(1), pytest.param(range(1, 13), marks=pytest.mark.slow)], ids=["quick", "slow"]
+)
+def test_whatever_the_order_of_appends_and_compactions_no_row_is_lost_or_doubled(
+    seeds: range, lake: str, storage: Storage, make_rows: MakeRows
+) -> None:
+    """Two compactions look, merge and commit between the steps of each other and of two writers."""
+    num_merged = num_given_up = 0
+    for seed in seeds:
+        rng = random.Random(seed)
+        place = f"{lake}-{seed}"
+        LabelsTable.open_or_create(place, storage)
+        tables = [LabelsTable.open(place, storage) for _ in range(4)]
+        merged: dict[int, list[MergedFile]] = {}
+        written: list[str] = []
+        for step in range(20):
+            actor = rng.randrange(4)
+            table = tables[actor]
+            if actor < 2:
+                rows = make_rows([f"{rng.randrange(1000):03}-{step}-{i}" for i in range(3)], MODEL)
+                append(rows, table, place, storage, f"writer {actor}")
+                written += (str(image_id) for image_id in rows["image_id"])
+            elif actor in merged:
+                result = commit_compaction(table, merged.pop(actor))
+                num_merged += len(result.done)
+                num_given_up += len(result.given_up)
+            else:
+                if rng.random() < 0.8:
+                    table.refresh()
+                merged[actor] = [merge_group(group, place, storage) for group in plan_compaction(table)]
+        newest = LabelsTable.open(place, storage)
+        ids = [str(image_id) for image_id in newest.dataset().to_table(columns=["image_id"])["image_id"]]
+        assert sorted(ids) == sorted(written), f"seed {seed}"
+        for version in range(1, newest.version, 5):
+            num_rows = LabelsTable.open(place, storage, version).dataset().count_rows()
+            assert num_rows % 3 == 0, f"seed {seed}, version {version}"
+    assert num_merged > 0
+    assert num_given_up > 0 or len(seeds) == 1

@@ -57,6 +57,7 @@ def test_any_reader_may_read_the_table(table: LabelsTable) -> None:
     assert protocol.reader_features is None
     assert table.delta.metadata().configuration == {
         "delta.appendOnly": "true",
+        "delta.checkpointInterval": "25",
         "delta.enableExpiredLogCleanup": "false",
         "masklake.label_schema_version": "1",
     }
@@ -186,6 +187,18 @@ def test_a_version_stays_readable(
     assert table.version == 2
     assert table.dataset(version=1).to_table()["image_id"].to_pylist() == ["a"]
     assert LabelsTable.open(lake, storage, version=0).dataset().count_rows() == 0
+
+
+def test_every_25th_version_is_a_checkpoint_whoever_commits_it(
+    table: LabelsTable, lake: str, storage: Storage, make_rows: MakeRows, add_labels: AddLabels
+) -> None:
+    for number in range(23):
+        add_labels(table, storage, make_rows([f"{number:02}"], MODEL))
+    merged = [merge_group(group, lake, storage) for group in plan_compaction(table)]
+    assert commit_compaction(table, merged).version == 24
+    log = Path(lake.removeprefix("file://")) / "labels" / "_delta_log"
+    assert [path.name for path in log.glob("*.checkpoint.parquet")] == [f"{24:020}.checkpoint.parquet"]
+    assert LabelsTable.open(lake, storage).dataset().count_rows() == 23
 
 
 def test_another_runs_commit_shows_after_a_refresh(

@@ -84,3 +84,21 @@ def test_a_parquet_list_without_the_column_is_refused_with_those_it_has(
     pq.write_table(pa.table({"url": ["a"], "n": [1]}), tmp_path / "list.parquet")
     with pytest.raises(UsageError, match="has the columns url, n; wanted one named 'uri'"):
         list_shards(SourceSpec(uri=str(tmp_path / "list.parquet"), format="list"), storage)
+
+
+def test_uris_that_make_no_sense_fail_alone(storage: Storage, tmp_path: Path) -> None:
+    (tmp_path / "good one.jpg").write_bytes(b"x")
+    uris = ["nul\0.jpg", "two\nlines.jpg", "猫.jpg", "good one.jpg", "s3:///", "x" * 5000, "http://a/b.jpg"]
+    pq.write_table(pa.table({"uri": uris}), tmp_path / "list.parquet")
+    spec = SourceSpec(uri=str(tmp_path / "list.parquet"))
+    (shard,) = list_shards(spec, storage)
+    images = list(ShardReader(shard, spec, storage, frozenset()))
+    assert [image.image_id for image in images] == uris
+    assert [image.image_id for image in images if image.error_kind is None] == ["good one.jpg"]
+
+
+def test_a_list_that_is_not_utf_8_is_refused_in_one_line(storage: Storage, tmp_path: Path) -> None:
+    (tmp_path / "list.csv").write_bytes(b"uri\n\xff\xfe.jpg\n")
+    with pytest.raises(UsageError, match="UTF8") as refusal:
+        list(list_shards(SourceSpec(uri=str(tmp_path / "list.csv")), storage))
+    assert "\n" not in str(refusal.value)

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from jobs.lake.sources import ShardReader, SourceImage, list_shards
-from jobs.lake.storage import Storage
+from jobs.lake.storage import ChangedObjectError, MissingObjectError, Storage
 from schemas.errors import UsageError
 from schemas.labels import ErrorKind
 from schemas.specs import SourceSpec
@@ -176,6 +176,44 @@ def test_a_cut_file_is_one_row(read: Read, tmp_path: Path) -> None:
     data = (tmp_path / "s.parquet").read_bytes()
     (tmp_path / "s.parquet").write_bytes(data[:-50])
     assert outcomes(read()[0]) == [("s.parquet/#tail", ErrorKind.CORRUPT)]
+
+
+@pytest.mark.parametrize("change", ["written over", "touched", "deleted"])
+def test_a_shard_that_changes_while_being_read_is_left_for_the_next_run(
+    storage: Storage, tmp_path: Path, change: str
+) -> None:
+    path = tmp_path / "s.parquet"
+    table = pa.table({"image": [os.urandom(40_000) for _ in range(60)]})
+    pq.write_table(table, path, row_group_size=10, compression="none", write_page_checksum=True)
+    spec = SourceSpec(uri=str(path))
+    (shard,) = list_shards(spec, storage)
+    reader = ShardReader(shard, spec, storage, frozenset())
+    images = iter(reader)
+    given = [next(images)]
+    if change == "written over":
+        pq.write_table(table.slice(3, 40), path, row_group_size=7)
+    elif change == "touched":
+        os.utime(path, (1, 1))
+    else:
+        path.unlink()
+    with pytest.raises(
+        MissingObjectError if change == "deleted" else ChangedObjectError, match=r"s\.parquet"
+    ):
+        given.extend(images)
+    assert reader.num_images is None
+    assert [image.data for image in given] == table["image"].to_pylist()[: len(given)]
+
+
+def test_ids_of_any_letters_are_taken_as_they_are(read: Read) -> None:
+    names = ["with space", "two\nlines", "猫 🐈", "../up", "/etc/passwd", "", "nul\0"]
+    images, _ = read(pa.table({"image": [b"x"] * len(names), "name": names}), id_column="name")
+    assert outcomes(images) == [(name, b"x") for name in names]
+
+
+def test_a_column_of_nulls_is_a_row_each(read: Read) -> None:
+    images, num_images = read(pa.table({"image": pa.array([None] * 3, pa.binary())}))
+    assert [outcome for _, outcome in outcomes(images)] == [ErrorKind.EMPTY] * 3
+    assert num_images == 3
 
 
 def test_an_oversized_image_is_a_row(read: Read, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,8 +9,9 @@ import pytest
 from deltalake import QueryBuilder
 
 from jobs.lake import rewrite
+from jobs.lake.commit import Committer, DeltaStore, app_id
 from jobs.lake.compact import merge_group, plan_compaction
-from jobs.lake.fragments import Fragment
+from jobs.lake.fragments import Fragment, write_fragment
 from jobs.lake.labels_table import LabelsTable
 from jobs.lake.rewrite import MergedFile, replace_files
 from jobs.lake.storage import Storage
@@ -138,12 +139,13 @@ def test_rewrites_and_appends_race_on_s3(
     add_labels(table, storage, make_rows(["a", "b"], ODD_MODEL), make_rows(["c"], ODD_MODEL))
     rivals = [LabelsTable.open(lake, storage) for _ in range(3)]
     merged = [merge(rival, lake, storage) for rival in rivals]
-    writer = LabelsTable.open(lake, storage)
+    writer = Committer(DeltaStore(LabelsTable.open(lake, storage)), app_id("tests", "other"), {}, 60, 1)
+    writer.add(write_fragment(make_rows(["d"], ODD_MODEL), ["unit-d"], lake, ODD_MODEL, storage))
     with ThreadPoolExecutor(4) as pool:
         rewrites = [
             pool.submit(replace_files, rival, [file], {}) for rival, file in zip(rivals, merged, strict=True)
         ]
-        pool.submit(add_labels, writer, storage, make_rows(["d"], ODD_MODEL)).result()
+        pool.submit(writer.commit).result()
         versions = [rewrite.result().version for rewrite in rewrites]
     assert len([version for version in versions if version is not None]) == 1
     table.refresh()

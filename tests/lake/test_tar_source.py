@@ -3,13 +3,14 @@
 import gzip
 import os
 import tracemalloc
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from jobs.lake.shards import MAX_IMAGE_BYTES
 from jobs.lake.sources import ShardReader, SourceImage, list_shards
-from jobs.lake.storage import MissingObjectError, Storage
+from jobs.lake.storage import ChangedObjectError, MissingObjectError, Storage
 from schemas.labels import ErrorKind
 from schemas.specs import SourceSpec
 from tests.lake.tars import BLOCK, END, header, make_tar, padded, pax, record
@@ -184,11 +185,94 @@ def test_a_shard_that_vanished_is_an_error_not_a_row(storage: Storage, tmp_path:
     assert reader.num_images is None
 
 
-def test_a_shard_replaced_while_being_read_gets_a_row_that_says_so(storage: Storage, tmp_path: Path) -> None:
+@pytest.mark.parametrize("compressed", [False, True])
+@pytest.mark.parametrize("damaged", [False, True])
+def test_a_shard_replaced_while_being_read_is_left_for_the_next_run(
+    storage: Storage, tmp_path: Path, compressed: bool, damaged: bool
+) -> None:
+    data = make_tar({"0.jpg": b"x", "1.jpg": b"x"})
+    if damaged:
+        data = data[: 2 * 2 * BLOCK] + b"no tar" * BLOCK
+    (tmp_path / "s.tar").write_bytes(gzip.compress(data) if compressed else data)
+    images, given = started_reading(storage, tmp_path)
+    os.utime(tmp_path / "s.tar", (1, 1))
+    with pytest.raises(ChangedObjectError, match=r"s\.tar"):
+        given.extend(images)
+    assert all(image.error_kind is None for image in given)
+
+
+def test_a_shard_that_vanishes_while_being_read_is_left_for_the_next_run(
+    storage: Storage, tmp_path: Path
+) -> None:
     (tmp_path / "s.tar").write_bytes(make_tar({"0.jpg": b"x", "1.jpg": b"x"}))
-    spec = SourceSpec(uri=str(tmp_path))
+    images, given = started_reading(storage, tmp_path)
+    (tmp_path / "s.tar").unlink()
+    with pytest.raises(MissingObjectError, match=r"s\.tar"):
+        given.extend(images)
+    assert all(image.error_kind is None for image in given)
+
+
+def started_reading(storage: Storage, folder: Path) -> tuple[Iterator[SourceImage], list[SourceImage]]:
+    """What is left of the only shard of a folder after its first image; and that image."""
+    spec = SourceSpec(uri=str(folder))
     (shard,) = list_shards(spec, storage)
     images = iter(ShardReader(shard, spec, storage, frozenset()))
-    first = next(images)
-    os.utime(tmp_path / "s.tar", (1, 1))
-    assert outcomes([first, *images])[-1] == ("s.tar/#tail", ErrorKind.CORRUPT)
+    return images, [next(images)]
+
+
+def test_a_gzip_bomb_costs_neither_the_images_before_it_nor_time_nor_memory(
+    storage: Storage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("jobs.lake.tar._MAX_SMALL_BYTES", 1 << 20)
+    bomb_bytes = 64 << 20
+    with gzip.open(tmp_path / "s.tgz", "wb") as file:
+        file.write(header(b"good.jpg", 1) + padded(b"x") + header(b"bomb.bin", bomb_bytes))
+        for _ in range(bomb_bytes >> 20):
+            file.write(bytes(1 << 20))
+        file.write(header(b"late.jpg", 1) + padded(b"x") + END)
+    packed_bytes = (tmp_path / "s.tgz").stat().st_size
+    tracemalloc.start()
+    images, _ = read(storage, tmp_path / "s.tgz")
+    _, peak_bytes = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert outcomes(images) == [("s.tgz/good", b"x"), ("s.tgz/#tail", ErrorKind.TOO_LARGE)]
+    assert f"unpacks to more than {100 * packed_bytes} bytes, 100 times its size" in str(images[1].error)
+    assert peak_bytes < 8 << 20
+
+
+@pytest.mark.parametrize("num_bytes", [50_000, 3_000_000])
+def test_a_tar_that_shrinks_well_is_no_bomb(storage: Storage, tmp_path: Path, num_bytes: int) -> None:
+    drawing = bytes(num_bytes // 50) + os.urandom(num_bytes // 50)
+    (tmp_path / "s.tgz").write_bytes(gzip.compress(make_tar({f"{n}.bmp": drawing for n in range(25)})))
+    images, _ = read(storage, tmp_path / "s.tgz")
+    assert [image.data for image in images] == [drawing] * 25
+
+
+@pytest.mark.parametrize(
+    ("stored", "image_id"),
+    [
+        (b"a photo of us.jpg", "a photo of us"),
+        (b"two\nlines.jpg", "two\nlines"),
+        ("Füße/猫 🐈.jpg".encode(), "Füße/猫 🐈"),
+        (b"latin-1 \xe9t\xe9.jpg", "latin-1 \\xe9t\\xe9"),
+        (b"/etc/passwd.jpg", "/etc/passwd"),
+        (b"../../up.jpg", "../../up"),
+        (b"a#tail.jpg", "a#tail"),
+        (b"\x1b[31mred.jpg", "\x1b[31mred"),
+    ],
+)
+def test_odd_names_are_ids_and_no_paths(
+    storage: Storage, tmp_path: Path, stored: bytes, image_id: str
+) -> None:
+    (tmp_path / "s.tar").write_bytes(header(stored, 1) + padded(b"x") + END)
+    images, _ = read(storage, tmp_path / "s.tar")
+    assert outcomes(images) == [(f"s.tar/{image_id}", b"x")]
+    assert read(storage, tmp_path / "s.tar", frozenset({f"s.tar/{image_id}"})) == ([], 1)
+    assert [path.name for path in tmp_path.iterdir()] == ["s.tar"]
+
+
+def test_a_sample_without_an_image_is_no_image(storage: Storage, tmp_path: Path) -> None:
+    (tmp_path / "s.tar").write_bytes(make_tar({"1.json": b"{}", "1.txt": b"hello", "2.jpg": b"x"}))
+    images, num_images = read(storage, tmp_path / "s.tar")
+    assert outcomes(images) == [("s.tar/2", b"x")]
+    assert num_images == 1

@@ -17,8 +17,10 @@ from numpy.typing import NDArray
 from PIL import Image
 from torchvision.io import ImageReadMode, decode_gif, decode_jpeg, decode_png, decode_webp
 
-from maskrcnn_core.images import DecodeError, DecodeErrorKind, decode_image
+from maskrcnn_core import images
+from maskrcnn_core.images import DecodeError, DecodeErrorKind, decode_image, open_picture
 from schemas.labels import ErrorKind
+from tests.chaos.mutations import corpus, strangers, with_true_checksums
 
 Pixels = NDArray[np.uint8]
 
@@ -56,6 +58,15 @@ def make_png(
     chunks = [header, *extra, data, b"IEND"]
     return b"\x89PNG\r\n\x1a\n" + b"".join(
         struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk)) for chunk in chunks
+    )
+
+
+def make_interlaced_png(side: int, passes: bytes) -> bytes:
+    """Square, 8-bit grey; passes are filter bytes and samples."""
+    header = b"IHDR" + struct.pack(">IIBBBBB", side, side, 8, 0, 0, 0, 1)
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk))
+        for chunk in (header, b"IDAT" + zlib.compress(passes), b"IEND")
     )
 
 
@@ -242,6 +253,49 @@ class TestOrientation:
         plain = encode(PHOTO, "JPEG")
         segment = b"\xff\xe1" + struct.pack(">H", len(damage) + 2) + damage
         np.testing.assert_array_equal(decode_image(plain[:2] + segment + plain[2:]), decode_image(plain))
+
+    @pytest.mark.parametrize("orientation", range(1, 9))
+    def test_a_picture_too_large_for_one_strip_is_turned_strip_by_strip(
+        self, orientation: int, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        stored = Image.fromarray(self.stored_as(orientation, PHOTO))
+        monkeypatch.setattr(images, "_STRIP_PIXELS", 5 * PHOTO.shape[1])
+        for format in ("PNG", "TIFF", "BMP"):
+            options = {} if format == "BMP" else {"exif": exif}
+            picture = open_picture(encode(stored, format, **options))
+            strips = list(picture.strips())
+            expected = PHOTO if format != "BMP" else np.asarray(stored)
+            assert len(strips) > 7
+            assert (picture.height, picture.width) == expected.shape[:2]
+            np.testing.assert_array_equal(np.concatenate(strips), expected)
+
+
+class TestStrips:
+    """A large picture is converted piece by piece; no piece may decide for itself what the whole shows."""
+
+    @pytest.fixture(autouse=True)
+    @staticmethod
+    def _one_row_each(monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(images, "_STRIP_PIXELS", 1)
+
+    def test_floats_are_scaled_by_the_range_of_the_whole(self) -> None:
+        tiff = make_tiff(np.array([[-1.0, 0.0], [0.5, 3.0]], np.float32), 32, sample_format=3)
+        assert decode_image(tiff)[..., 0].tolist() == [[0, 64], [96, 255]]
+
+    def test_alpha_counts_if_it_shows_anywhere(self) -> None:
+        rgba = np.array([[[1, 2, 3, 0]], [[4, 5, 6, 255]]], np.uint8)
+        assert decode_image(encode(rgba, "PNG")).tolist() == [[[255, 255, 255]], [[4, 5, 6]]]
+        rgba[..., 3] = 0
+        assert decode_image(encode(rgba, "PNG")).tolist() == [[[1, 2, 3]], [[4, 5, 6]]]
+
+    @pytest.mark.parametrize("name", FILES)
+    def test_every_kind_of_file_gives_the_same_pixels(self, name: str) -> None:
+        in_rows = decode_image(FILES[name])
+        with pytest.MonkeyPatch.context() as whole:
+            whole.setattr(images, "_STRIP_PIXELS", 1 << 20)
+            np.testing.assert_array_equal(in_rows, decode_image(FILES[name]))
 
 
 class TestColours:
@@ -474,6 +528,51 @@ class TestDamage:
             assert (decode_image(encode(photo, "JPEG", **options))[-4:] == 128).all()
         assert (decode_image(encode(Image.new("L", (50, 40), 128), "JPEG")) == 128).all()
 
+    def test_a_jpeg_with_restart_markers_and_its_end_missing_is_truncated(self) -> None:
+        data = encode(PHOTO, "JPEG", restart_marker_blocks=2)
+        half = data.index(b"\xff\xd4")
+        assert error_of(data[:half] + b"\xff\xd9").kind == "truncated"
+        assert decode_image(data).shape == PHOTO.shape
+
+    @pytest.mark.parametrize("options", [{}, {"progressive": True}, {"subsampling": 0}, {"quality": 1}])
+    def test_a_jpeg_of_many_pixels_and_few_bytes_is_refused_before_it_is_decoded(
+        self, options: dict[str, Any]
+    ) -> None:
+        flat = encode(Image.new("RGB", (3000, 2000), (9, 9, 9)), "JPEG", **options)
+        assert decode_image(flat).shape == (2000, 3000, 3)
+        error = error_of(flat[:3000])  # 3000 × 2000 pixels are 94,000 blocks, 11,750 bytes
+        assert error.kind == "truncated"
+        assert "3000 bytes cannot hold 3000×2000 pixels" in str(error)
+
+    def test_a_single_row_that_stops_halfway_is_truncated(self) -> None:
+        row = np.repeat(PHOTO[20:21], 20, axis=1)
+        data = encode(row, "JPEG")
+        assert error_of(data[: 3 * len(data) // 4] + b"\xff\xd9").kind == "truncated"
+
+    @pytest.mark.parametrize(
+        ("bit_depth", "colour_type", "samples"), [(8, 2, 3), (8, 0, 1), (1, 0, 1), (16, 6, 8)]
+    )
+    def test_a_png_whose_compressed_data_end_early_is_truncated(
+        self, bit_depth: int, colour_type: int, samples: int
+    ) -> None:
+        row = bytes([77] * samples * 8)
+        good = make_png(8 if bit_depth > 1 else 64 * samples, 4, bit_depth, colour_type, [row] * 4)
+        assert decode_image(good).shape[0] == 4
+        header = good[: 16 + 4] + struct.pack(">I", 6) + good[24:]
+        assert error_of(with_true_checksums(header)).kind == "truncated"
+
+    def test_a_png_that_is_black_at_its_foot_is_whole(self) -> None:
+        photo = PHOTO.copy()
+        photo[-5:] = 0
+        np.testing.assert_array_equal(decode_image(encode(photo, "PNG")), photo)
+
+    def test_an_interlaced_png_is_whole_with_all_its_passes_and_truncated_without(self) -> None:
+        # Adam7 of 3 x 3 grey pixels: passes 1, 4, 5, 6 and 7 have rows, 2 and 3 have none
+        passes = [b"\0\x01", b"\0\x03", b"\0\x07\x09", b"\0\x02", b"\0\x08", b"\0\x04\x05\x06"]
+        whole = make_interlaced_png(3, b"".join(passes))
+        assert decode_image(whole)[..., 0].tolist() == [[1, 2, 3], [4, 5, 6], [7, 8, 9]]
+        assert error_of(make_interlaced_png(3, b"".join(passes[:-1]))).kind == "truncated"
+
     def test_every_flipped_bit_of_png_pixel_data_is_corrupt(self) -> None:
         data = make_png(4, 4, 8, 0, [bytes([k, 50, 90, 200]) for k in range(4)])
         start = data.index(b"IDAT") + 4
@@ -551,16 +650,6 @@ def mutations(data: bytes, seed: int) -> Iterator[bytes]:
             yield bytes(mutant[: int(rng.integers(0, len(mutant)))])
 
 
-def with_true_checksums(png: bytes) -> bytes:
-    """Damage that has got past the checksums: what a hostile writer makes."""
-    out, start = bytearray(png), 8
-    while start + 12 <= len(out):
-        end = start + 12 + int.from_bytes(out[start : start + 4], "big")
-        out[end - 4 : end] = struct.pack(">I", zlib.crc32(out[start + 4 : end - 4]))
-        start = end
-    return bytes(out)
-
-
 @pytest.mark.parametrize("name", FILES)
 def test_a_mutated_file_ends_in_a_picture_or_a_decode_error(name: str) -> None:
     with warnings.catch_warnings(record=True) as warned:
@@ -576,6 +665,16 @@ def test_a_mutated_file_ends_in_a_picture_or_a_decode_error(name: str) -> None:
                 assert outcome.dtype == np.uint8
                 assert outcome.shape[2] == 3
     assert not warned
+
+
+def test_a_sample_of_the_hostile_corpus_ends_in_pictures_or_decode_errors() -> None:
+    """All of it is tests/chaos/test_hostile_images.py's."""
+    outcomes = [
+        outcome_of(data, max_pixels=1_000_000) for _, data in [*corpus(150, seed=1), *strangers().items()]
+    ]
+    kinds = {outcome.kind for outcome in outcomes if isinstance(outcome, DecodeError)}
+    assert kinds == {"empty", "truncated", "corrupt", "unsupported", "too_large"}
+    assert sum(isinstance(outcome, np.ndarray) for outcome in outcomes) > 30
 
 
 def test_the_kinds_are_those_of_the_label_table() -> None:
