@@ -55,7 +55,7 @@ class UnitReport:
     num_detections: int = 0
     failed: dict[str, int] = field(default_factory=dict)  # by error kind
     read_s: float = 0.0
-    decode_s: float = 0.0  # summed over the decoding threads
+    decode_s: float = 0.0  # summed over the decoder processes
     label_s: float = 0.0
     write_s: float = 0.0
     shard_num_units: int | None = None
