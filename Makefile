@@ -5,7 +5,7 @@ INSTALLED := .venv/.installed
 BENCHMARKS := $(sort $(wildcard benchmarks/*.py))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-s3 check bench
+.PHONY: help setup demo test test-slow test-s3 chaos check bench
 
 help: ## this list
 	@sed -nE 's/^([a-z0-9-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -30,6 +30,13 @@ test-slow: setup ## the tests that take longest: ONNX, GPU kernels in an interpr
 
 test-s3: setup ## the tests against Ceph RGW, a real S3 server
 	@$(BIN)/python -m pytest -q -m s3
+
+# make chaos SEED=41 SCHEDULES=1 ONLY=random_schedules plays one schedule of kills again.
+SEED ?= 1
+SCHEDULES ?= 60
+ONLY ?=
+chaos: setup ## kills processes, breaks storage, fills disks, and judges the table; half an hour
+	@MASKLAKE_CHAOS_SEED=$(SEED) MASKLAKE_CHAOS_SCHEDULES=$(SCHEDULES) $(BIN)/python -m pytest -q -s -m chaos -k '$(ONLY)'
 
 check: setup ## lint, format, types, import rules
 	@$(BIN)/ruff check .

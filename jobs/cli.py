@@ -13,8 +13,10 @@ from typing import Annotated
 
 import typer
 
+from jobs.care.cli import app as lake_commands
 from jobs.export.cli import app as model_commands
 from schemas.errors import MasklakeError
+from schemas.labels import ErrorKind
 from schemas.specs import SPECS, InferSpec, SourceSpec, StorageSpec, json_schema, load_spec
 
 app = typer.Typer(
@@ -25,6 +27,7 @@ app = typer.Typer(
     add_completion=False,
 )
 app.add_typer(model_commands)
+app.add_typer(lake_commands)
 
 Overrides = Annotated[
     list[str], typer.Option("--set", help="override one setting of the spec: --set pool.batch_size=16")
@@ -43,10 +46,19 @@ def infer(
     source: Annotated[str | None, typer.Option(help="images: folder, bucket prefix or list")] = None,
     model: Annotated[str | None, typer.Option(help="checkpoint (.safetensors), or demo")] = None,
     lake: Annotated[str | None, typer.Option(help="where the tables are")] = None,
-    overrides: Overrides = [],  # noqa: B006 - Typer reads the default, nobody changes it
+    retry_failed: Annotated[
+        list[str],
+        typer.Option(
+            help=f"label only what failed before for this reason, again: all, {', '.join(ErrorKind)}"
+        ),
+    ] = [],  # noqa: B006 - Typer reads the default, nobody changes it
+    overrides: Overrides = [],  # noqa: B006 - likewise
     as_json: Json = False,
 ) -> None:
     """Label every image of a source that the lake does not have labels for yet."""
+    if retry_failed:
+        kinds = list(ErrorKind) if "all" in retry_failed else retry_failed
+        overrides = [*overrides, f"failures.retry=[{', '.join(kinds)}]", "failures.retry_only=true"]
     spec = load_spec(
         InferSpec,
         None if spec_file is None else str(spec_file),

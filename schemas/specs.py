@@ -187,6 +187,7 @@ class CommitSpec(_Section):
 
     every_s: Seconds = Field(default=60, description="seconds between commits")
     every_images: Count = Field(default=100_000, description="images between commits")
+    compact: Flag = Field(default=True, description="merge small files into large ones when the job is done")
 
 
 class FailuresSpec(_Section):

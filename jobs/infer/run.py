@@ -26,12 +26,14 @@ from cluster.session import ClusterInfo, connect, shutdown
 from jobs.infer.books import Books
 from jobs.infer.job import Job, plan, prepare
 from jobs.infer.label import Replica
+from jobs.infer.merge import merge_on_ray
 from jobs.infer.pipeline import Pipeline, run_pipeline
 from jobs.infer.progress import Watcher
 from jobs.infer.read import Tasks
 from jobs.infer.summary import Summary
 from jobs.lake.commit import Committer, DeltaStore, app_id
-from jobs.lake.labels_table import LabelsTable
+from jobs.lake.compact import run_compaction
+from jobs.lake.labels_table import LabelsTable, first_line
 from jobs.lake.lease import Lease
 from jobs.lake.listing import Listing
 from jobs.lake.shard_index import save_shard_index
@@ -207,6 +209,22 @@ class _Run:
                 f"{len(self.summary.unread_shards)} of {len(tasks)} shards could not be read to their end, "
                 f"first {name}: {why} The rest is committed; run the same command again for what is missing."
             )
+        if self.job.spec.commit.compact:
+            self._compact()
+
+    def _compact(self) -> None:
+        """Merge the fragments into large files. The labels are committed: nothing here fails the run."""
+        try:
+            table = LabelsTable.open(self.job.lake_uri, self.job.storage)
+            done = run_compaction(
+                table, self.job.lake_uri, self.job.storage, self.job.model_id, merge=merge_on_ray
+            )
+        except (MasklakeError, RayError) as error:
+            reason = first_line(error)
+            self.watcher.note(f"small files were not merged ({reason}): run `masklake lake compact`")
+            return
+        self.summary.merged_files = done.num_old_files
+        self.summary.committed_version = done.version
 
     def write_record(self, name: str, text: str) -> None:
         uri = f"{self.job.lake_uri}/runs/{self.job.run_id}/{name}"

@@ -35,6 +35,7 @@ class Summary:
     committed_images: int = 0
     committed_version: int | None = None
     commits: int = 0
+    merged_files: int = 0  # small ones, into larger ones, at the end of the run
     seconds: float = 0.0
     stage_seconds: dict[str, float] = field(default_factory=dict)
     actors: int = 0

@@ -12,7 +12,7 @@ import tempfile
 import time
 import uuid
 from bisect import bisect_left
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import groupby
@@ -139,14 +139,27 @@ class CompactionRun:
     seconds: float
 
 
+Merge = Callable[[Sequence[Group], str, Storage], Sequence[MergedFile]]
+
+
+def merge_on_threads(groups: Sequence[Group], lake_uri: str, storage: Storage) -> list[MergedFile]:
+    """merge_group for each, in this process."""
+    with ThreadPoolExecutor(_MERGE_THREADS) as pool:
+        return list(pool.map(lambda group: merge_group(group, lake_uri, storage), groups))
+
+
 def run_compaction(
     table: LabelsTable,
     lake_uri: str,
     storage: Storage,
     model_id: str | None = None,
     target_bytes: int = TARGET_BYTES,
+    merge: Merge = merge_on_threads,
 ) -> CompactionRun:
-    """Plan, merge and commit in this process, a version for every _GROUPS_PER_COMMIT groups.
+    """Plan, merge and commit, a version for every _GROUPS_PER_COMMIT groups.
+
+    Args:
+        merge: how the groups of one version are merged.
 
     Raises:
         CorruptObjectError: a file is damaged; what was committed before stays.
@@ -156,13 +169,12 @@ def run_compaction(
     groups = plan_compaction(table, model_id, target_bytes)
     done: list[MergedFile] = []
     num_given_up = 0
-    with ThreadPoolExecutor(_MERGE_THREADS) as pool:
-        for start in range(0, len(groups), _GROUPS_PER_COMMIT):
-            some = groups[start : start + _GROUPS_PER_COMMIT]
-            merged = list(pool.map(lambda group: merge_group(group, lake_uri, storage), some))
-            rewrite = commit_compaction(table, merged)
-            done += rewrite.done
-            num_given_up += len(rewrite.given_up)
+    for start in range(0, len(groups), _GROUPS_PER_COMMIT):
+        rewrite = commit_compaction(
+            table, merge(groups[start : start + _GROUPS_PER_COMMIT], lake_uri, storage)
+        )
+        done += rewrite.done
+        num_given_up += len(rewrite.given_up)
     return CompactionRun(
         version=table.version,
         num_old_files=sum(len(file.replaces) for file in done),

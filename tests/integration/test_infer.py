@@ -27,6 +27,7 @@ from jobs.infer.run import run_infer
 from jobs.infer.summary import Summary
 from jobs.infer.units import UnitReport
 from jobs.lake.commit import app_id
+from jobs.lake.compact import merge_on_threads
 from jobs.lake.fragments import Fragment
 from jobs.lake.labels_table import LabelsTable
 from jobs.lake.lease import Lease
@@ -54,6 +55,7 @@ def straight(monkeypatch: pytest.MonkeyPatch) -> None:
                 yield FinishedUnit(UnitReport.from_json(written["report"]), fragment)
 
     monkeypatch.setattr("jobs.infer.run.run_pipeline", run_straight)
+    monkeypatch.setattr("jobs.infer.run.merge_on_ray", merge_on_threads)
 
 
 FORMS = ("tar", "parquet", "files")
@@ -150,9 +152,30 @@ def test_a_job_over_the_wire_finds_and_leaves_everything_in_the_bucket(
     source, lake = f"{s3_bucket.uri}/images/", f"{s3_bucket.uri}/lake"
     summary = label(source, lake, "unit.max_images=2", storage=storage)
     assert (summary.ok, len(rows(lake, storage))) == (9, 9)
+    merged = LabelsTable.open(lake, Storage(storage))
+    assert (summary.merged_files, len(merged.files()), merged.version) == (5, 1, summary.committed_version)
     assert label(source, lake, storage=storage).status == "nothing_to_do"
     kept = {key.split("/")[1] for key in s3_bucket.list_keys("lake/")}
     assert kept == {"labels", "runs", "shard_index", "leases"}
+
+
+@pytest.mark.usefixtures("straight")
+def test_small_files_that_cannot_be_merged_are_no_reason_to_fail(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: object) -> None:
+        raise StorageError("no room for large files")
+
+    write_source("tar", tmp_path / "images", scene_files(4))
+    lake = str(tmp_path / "lake")
+    monkeypatch.setattr("jobs.infer.run.merge_on_ray", fail)
+    assert label(str(tmp_path / "images"), lake).status == "done"
+    assert "small files were not merged (no room for large files)" in capsys.readouterr().err
+    assert len(rows(lake)) == 4
+    left = LabelsTable.open(lake, Storage(StorageSpec())).files()
+    assert len(left) == 2
+    (tmp_path / "images" / "third.tar").write_bytes((tmp_path / "images" / "shard-0.tar").read_bytes())
+    assert label(str(tmp_path / "images"), lake, "commit.compact=false").merged_files == 0
 
 
 @pytest.mark.usefixtures("straight")

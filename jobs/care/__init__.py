@@ -1,0 +1,1 @@
+"""Care of a lake's label table: look whether it is sound, make room, merge small files."""

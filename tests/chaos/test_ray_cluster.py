@@ -1,0 +1,238 @@
+"""Drivers, actors, tasks and nodes of a real Ray killed in mid-run: it finishes, or the rerun does."""
+
+from __future__ import annotations
+
+import os
+import random
+import resource
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from jobs.lake.failpoints import VARIABLE as FAILPOINTS
+from jobs.lake.storage import Storage
+from tests.chaos.conftest import Bucket, Reference
+from tests.chaos.fault_proxy import Rule
+from tests.chaos.harness import SEED, Job, make_images, make_source, padded, write_source
+from tests.chaos.judge import judge, read_table
+from tests.chaos.ray_cluster import Node, RayCluster, RayDriver, ray_cluster
+
+pytestmark = [pytest.mark.chaos, pytest.mark.timeout(1800)]
+
+ACTORS = "MapWorker(MapBatches(_LabelActor))"
+READERS = "MapBatches(UnitReader"
+WRITERS = "MapBatches(FragmentWriter"
+TWO_ACTORS = ("pool.min_actors=2", "pool.max_actors=2")
+DRIVER_TIMEOUT_S = 600.0
+
+
+@pytest.fixture(scope="module")
+def one_node() -> Iterator[RayCluster]:
+    with ray_cluster() as cluster:
+        cluster.start_head(num_cpus=4)
+        yield cluster
+
+
+def wait_until(happened: Callable[[], object], driver: RayDriver) -> bool:
+    """False where the driver ended before."""
+    deadline = time.monotonic() + DRIVER_TIMEOUT_S
+    while not happened():
+        assert time.monotonic() < deadline
+        if not driver.runs:
+            return False
+        time.sleep(0.05)
+    return True
+
+
+@pytest.mark.parametrize("seed", range(SEED, SEED + 4))
+def test_a_killed_driver_takes_its_actors_along_and_the_rerun_finishes(
+    seed: int, one_node: RayCluster, reference: Reference, tmp_path: Path, disk: Storage
+) -> None:
+    rng = random.Random(seed)
+    images = reference.first(30)
+    source = write_source(tmp_path / "images", make_source(("tar", "files")[seed % 2], images))
+    job = Job(source, str(tmp_path / "lake"), max_images=1, every_images=4, settings=TWO_ACTORS)
+    (node,) = one_node.nodes
+    num_killed = 0
+    for _ in range(2):
+        before = len(read_table(job.lake, disk).rows)
+        failpoint = rng.choice(["commit_send#1", "commit_put#2", "unit_finished#7", ""])
+        driver = one_node.driver(job, {FAILPOINTS: failpoint})
+        wanted = before + rng.randint(0, 12)
+        if not failpoint and wait_until(lambda: len(read_table(job.lake, disk).rows) >= wanted, driver):  # noqa: B023
+            driver.kill()
+        num_killed += driver.wait(DRIVER_TIMEOUT_S).status == -signal.SIGKILL
+        deadline = time.monotonic() + 60
+        while node.workers(ACTORS):
+            assert time.monotonic() < deadline, "actors outlive their driver"
+            time.sleep(0.1)
+    before = len(read_table(job.lake, disk).rows)
+    ended = one_node.driver(job).wait(DRIVER_TIMEOUT_S)
+    assert ended.status == 0, ended.stderr
+    assert ended.summary["images"] == len(images) - before
+    table = read_table(job.lake, disk)
+    assert reference.verdict(table, images) == []
+    print(
+        f"seed {seed}: killed {num_killed}, {before} committed before, {len(table.orphan_rows)} orphaned rows"
+    )
+    # Of one image each: two in an actor's queue, one in a writer on each core.
+    assert len(table.orphan_rows) <= 2 * (job.every_images + 8)
+
+
+def meet(node: Node, kind: str, driver: RayDriver, rng: random.Random) -> int | None:
+    """A process at such work, once there is one; None where the run ends before."""
+    while driver.runs:
+        if found := node.workers(kind):
+            return rng.choice(found)
+        time.sleep(0.02)
+    return None
+
+
+@pytest.mark.parametrize("seed", range(SEED, SEED + 2))
+def test_ten_killed_actors_and_workers_cost_time_and_nothing_else(
+    seed: int, one_node: RayCluster, reference: Reference, bucket: Bucket
+) -> None:
+    """Reads and writes are slow, so that they can be met at work. Between two deaths of actors there is
+    progress: an image that is there at each of them would be taken for the cause."""
+    rng = random.Random(seed)
+    images = reference.first(30)
+    for name, data in make_source("tar", images, num_shards=10).items():
+        bucket.put(f"images/{name}", data)
+    job = Job(
+        f"{bucket.uri}/images",
+        f"{bucket.uri}/lake",
+        max_images=1,
+        every_images=4,
+        settings=(*TWO_ACTORS, f"storage.endpoint_url={bucket.proxy.endpoint_url}"),
+    )
+    bucket.proxy.set_rules(
+        Rule("delay", "GET", "/images/[a-z]", seconds=1.5),
+        Rule("delay", "PUT", "/labels/model_id", seconds=0.7),
+    )
+    (node,) = one_node.nodes
+    driver = one_node.driver(job)
+    killed: list[str] = []
+
+    def progress() -> int:
+        return sum("PUT" in request and "/labels/model_id" in request for request in bucket.proxy.requests)
+
+    later = [ACTORS] * 4 + [WRITERS] * 3
+    rng.shuffle(later)
+    for kind in [READERS] * 3 + later:
+        seen = progress() if kind == ACTORS and ACTORS in killed else -1
+        wait_until(lambda: progress() > seen, driver)  # noqa: B023
+        if victim := meet(node, kind, driver, rng):
+            os.kill(victim, signal.SIGKILL)
+            killed.append(kind)
+    ended = driver.wait(DRIVER_TIMEOUT_S)
+    table = bucket.table()
+    print(
+        f"seed {seed}: {[killed.count(kind) for kind in (ACTORS, READERS, WRITERS)]} actors, readers, "
+        f"writers killed; {len(table.orphan_rows)} orphaned rows"
+    )
+    assert ended.status == 0, ended.stderr
+    assert len(killed) == 10
+    assert reference.verdict(table, images) == []
+
+
+def test_a_lost_node_and_an_added_one_do_not_stop_a_run(
+    reference: Reference, tmp_path: Path, disk: Storage
+) -> None:
+    images = reference.first(30)
+    source = write_source(tmp_path / "images", make_source("tar", images, num_shards=6))
+    settings = ("pool.min_actors=2", "pool.max_actors=3")
+    job = Job(source, str(tmp_path / "lake"), max_images=1, every_images=3, settings=settings)
+    with ray_cluster() as cluster:
+        cluster.start_head(num_cpus=2)
+        lost = cluster.add_node(num_cpus=2)
+        driver = cluster.driver(job)
+        assert wait_until(lambda: len(read_table(job.lake, disk).rows) >= 3, driver)
+        lost.kill()
+        cluster.add_node(num_cpus=2)
+        ended = driver.wait(DRIVER_TIMEOUT_S)
+        assert ended.status == 0, ended.stderr
+    table = read_table(job.lake, disk)
+    print(f"{len(table.orphan_rows)} orphaned rows; {ended.summary['images_by_node']}")
+    assert reference.verdict(table, images) == []
+
+
+def test_a_lost_head_ends_the_run_and_the_rerun_on_another_cluster_finishes(
+    reference: Reference, tmp_path: Path, disk: Storage
+) -> None:
+    images = reference.first(30)
+    source = write_source(tmp_path / "images", make_source("tar", images, num_shards=6))
+    job = Job(source, str(tmp_path / "lake"), max_images=1, every_images=3, settings=TWO_ACTORS)
+    with ray_cluster(RAY_gcs_rpc_server_reconnect_timeout_s="10") as cluster:
+        head = cluster.start_head(num_cpus=4)
+        driver = cluster.driver(job)
+        assert wait_until(lambda: len(read_table(job.lake, disk).rows) >= 3, driver)
+        head.kill()
+        ended = driver.wait(DRIVER_TIMEOUT_S)
+        print(ended.status, ended.stderr[-2000:])
+        assert ended.status != 0
+    before = read_table(job.lake, disk)
+    assert before.problems == []
+    assert 3 <= len(before.rows) < len(images)
+    with ray_cluster() as cluster:
+        cluster.start_head(num_cpus=4)
+        ended = cluster.driver(job).wait(DRIVER_TIMEOUT_S)
+    assert ended.status == 0, ended.stderr
+    assert ended.summary["images"] == len(images) - len(before.rows)
+    assert reference.verdict(read_table(job.lake, disk), images) == []
+
+
+def test_a_source_larger_than_the_object_store_goes_through_it(tmp_path: Path, disk: Storage) -> None:
+    images = {name: padded(data, 5_000_000) for name, data in make_images(40).items()}
+    source = write_source(tmp_path / "images", make_source("tar", images, num_shards=4))
+    job = Job(source, str(tmp_path / "lake"), max_images=4, settings=TWO_ACTORS)
+    with ray_cluster() as cluster:
+        cluster.start_head(num_cpus=4, object_store_bytes=80_000_000)
+        ended = cluster.driver(job).wait(DRIVER_TIMEOUT_S)
+    assert ended.status == 0, ended.stderr
+    assert judge(read_table(job.lake, disk), list(images.values())) == []
+
+
+def limit_memory(node: Node, more_bytes: int) -> int:
+    """Let the actors have so much more address space than they have now, and no more; gives their number."""
+    actors = node.workers(ACTORS)
+    for pid in actors:
+        num_pages = int(Path(f"/proc/{pid}/statm").read_text().split()[0])
+        limit = num_pages * resource.getpagesize() + more_bytes
+        resource.prlimit(pid, resource.RLIMIT_AS, (limit, limit))
+    return len(actors)
+
+
+def test_an_actor_that_gets_no_more_memory_fails_images_and_not_the_table(
+    one_node: RayCluster, reference: Reference, tmp_path: Path, disk: Storage
+) -> None:
+    images = reference.first(30)
+    source = write_source(tmp_path / "images", make_source("tar", images))
+    settings = (*TWO_ACTORS, "failures.budget=100%")
+    job = Job(source, str(tmp_path / "lake"), max_images=1, every_images=3, settings=settings)
+    (node,) = one_node.nodes
+    driver = one_node.driver(job)
+    assert wait_until(lambda: read_table(job.lake, disk).rows, driver)
+    assert limit_memory(node, 0) == 2
+    ended = driver.wait(DRIVER_TIMEOUT_S)
+    table = read_table(job.lake, disk)
+    failed = [row for row in table.rows if row["status"] == "failed"]
+    print(
+        ended.status,
+        len(failed),
+        "failed",
+        {row["error_kind"]: row["error"] for row in failed},
+        ended.last_line,
+    )
+    if ended.status != 0:
+        ended.check_clear_end(1)
+    assert table.problems == []
+    kinds = ",".join(sorted({row["error_kind"] for row in failed}))
+    again = one_node.driver(Job(job.source, job.lake, settings=(*settings, f"failures.retry=[{kinds}]")))
+    ended = again.wait(DRIVER_TIMEOUT_S)
+    assert ended.status == 0, ended.stderr
+    ok = [row for row in read_table(job.lake, disk).rows if row["status"] == "ok"]
+    assert sorted(row["image_id"] for row in ok) == sorted(set(read_table(job.lake, disk).ids()))
+    assert len(ok) == len(images)
