@@ -27,6 +27,7 @@ from jobs.lake.labels_table import LabelsTable, first_line
 from schemas.errors import CommitConflictError, CommitStateUnknownError, MasklakeError, StorageError
 
 _MAX_ATTEMPTS = 6
+_NUMBER = "app_transaction"  # in a commit's metadata: the number of its app transaction
 _FIRST_BACKOFF_S = 0.5  # doubled each time: 15.5 s in all, on top of the retries of the store's client
 
 
@@ -241,27 +242,41 @@ class DeltaStore:
         self._table = table
         self._searched_version = table.version
         self._found: dict[str, int] = {}  # commit_id -> version, of the versions since this store was made
+        self._numbers: dict[str, int | None] = {}  # app_id -> number, as of _searched_version
         self._in_doubt = False
 
     def refresh(self) -> None:
         if self._in_doubt:
             self._table.reopen()
+            self._numbers.clear()
             self._in_doubt = False
         else:
             self._table.refresh()
 
     def last_transaction(self, app_id: str) -> int | None:
-        return self._table.delta.transaction_version(app_id)
+        self._read_new_versions()
+        # deltalake reads every version since the last checkpoint for it, on S3 a request each: once is enough.
+        if app_id not in self._numbers:
+            self._numbers[app_id] = self._table.delta.transaction_version(app_id)
+        return self._numbers[app_id]
 
     def find_commit(self, commit_id: str) -> int | None:
         """Search the versions that came since this store was made."""
+        self._read_new_versions()
+        return self._found.get(commit_id)
+
+    def _read_new_versions(self) -> None:
         version = self._table.version
         num_new = version - self._searched_version
-        for commit in self._table.delta.history(num_new) if num_new > 0 else ():
+        for commit in reversed(self._table.delta.history(num_new)) if num_new > 0 else ():
             if "commit_id" in commit:
                 self._found[commit["commit_id"]] = int(commit["version"])
+            if (app_id := commit.get("app_id")) in self._numbers:
+                if _NUMBER in commit:
+                    self._numbers[app_id] = int(commit[_NUMBER])
+                else:  # of a masklake that did not say it: ask the log
+                    del self._numbers[app_id]
         self._searched_version = version  # last: a search that was interrupted is made again
-        return self._found.get(commit_id)
 
     def append(
         self, fragments: Sequence[Fragment], app_id: str, transaction: int, metadata: Mapping[str, str | int]
@@ -273,7 +288,8 @@ class DeltaStore:
             schema=self._table.delta.schema(),
             partition_by=[PARTITION_COLUMN],
             commit_properties=CommitProperties(
-                app_transactions=[Transaction(app_id, transaction)], custom_metadata=dict(metadata)
+                app_transactions=[Transaction(app_id, transaction)],
+                custom_metadata={**metadata, _NUMBER: transaction},
             ),
         )
         self._in_doubt = False

@@ -514,6 +514,7 @@ def test_a_commit_that_was_interrupted_anywhere_can_be_asked_for_again(
     ours.add(labelled("a"))
     with suppress(KeyboardInterrupt):  # `append` is called once only
         ours.commit()
+    setattr(store, step, method)
     ours.add(labelled("b"))
     ours.commit()
     assert images(table) == ["a", "b"]
