@@ -255,7 +255,7 @@ class DeltaStore:
 
     def last_transaction(self, app_id: str) -> int | None:
         self._read_new_versions()
-        # deltalake reads every version since the last checkpoint for it, on S3 a request each: once is enough.
+        # deltalake reads every version since the last checkpoint for it, a request each: once is enough.
         if app_id not in self._numbers:
             self._numbers[app_id] = self._table.delta.transaction_version(app_id)
         return self._numbers[app_id]
