@@ -9,9 +9,11 @@ import base64
 import hashlib
 import re
 from collections.abc import Iterator
+from datetime import datetime
 from functools import partial
 from typing import Any
 
+from aiobotocore.session import get_session
 from aiohttp import ClientError as AiohttpError
 from botocore.exceptions import (
     ConnectionError as BotoConnectionError,
@@ -27,6 +29,7 @@ from botocore.exceptions import (
     SSOError,
 )
 from botocore.parsers import ResponseParserError
+from botocore.utils import parse_timestamp
 from fsspec.asyn import sync
 from s3fs import S3FileSystem
 
@@ -116,7 +119,10 @@ class S3Store:
                 "request_checksum_calculation": "when_required",
                 "response_checksum_validation": "when_required",
             }
+        session = get_session()
+        session.get_component("response_parser_factory").set_parser_defaults(timestamp_parser=_timestamp)
         self.filesystem = S3FileSystem(
+            session=session,
             anon=anonymous,
             endpoint_url=endpoint_url,
             client_kwargs={"region_name": region} if region else {},
@@ -259,6 +265,17 @@ class S3Store:
 
     def _call(self, method: str, **request: Any) -> Any:
         return self.filesystem.call_s3(method, **request)
+
+
+def _timestamp(value: Any) -> datetime:
+    """What botocore's own parser makes of it, at once where it is ISO 8601: in a page of a listing there are
+    a thousand, and parsing them took two thirds of the time.
+    """
+    try:
+        return datetime.fromisoformat(value)
+    except (TypeError, ValueError):
+        parsed: datetime = parse_timestamp(value)
+        return parsed
 
 
 def _split(path: str) -> tuple[str, str]:

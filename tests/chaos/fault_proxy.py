@@ -115,7 +115,8 @@ class FaultProxy:
         self._loop.close()
 
     def set_rules(self, *rules: Rule) -> None:
-        """In place of those before; the record starts anew."""
+        """In place of those before; the record and the draws start anew."""
+        self._rng.seed(self.seed)
         self.rules[:] = rules
         self.requests.clear()
         self.broken.clear()
