@@ -176,7 +176,8 @@ class Driver:
     def wait_stopped(self, timeout_s: float = DRIVER_TIMEOUT_S) -> None:
         """Until it was stopped by SIGSTOP."""
         deadline = time.monotonic() + timeout_s
-        while process_state(self.pid) != "T":
+        while (state := process_state(self.pid)) != "T":
+            assert state not in ("", "Z"), f"it ended before: {self.wait()}"
             assert time.monotonic() < deadline, "it does not stop"
             time.sleep(0.01)
 

@@ -32,7 +32,8 @@ class Table:
     rows: list[Row] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
     num_versions: int = 0
-    orphan_rows: list[Row] = field(default_factory=list)  # of files that no version ever named
+    orphans: list[str] = field(default_factory=list)  # paths of files that no version ever named
+    orphan_rows: list[Row] = field(default_factory=list)  # what these hold
 
     def labels(self) -> dict[bytes, tuple[Any, ...]]:
         """content_hash -> the labels, whatever the image is called and whenever it was labelled."""
@@ -70,6 +71,7 @@ def read_table(lake: str, storage: Storage) -> Table:
         table.rows += _read_file(filesystem, root, path, add, table.problems)
     for path in _files(filesystem, root):
         if path not in named and path.endswith(".parquet") and "_delta_log" not in path:
+            table.orphans.append(path)
             table.orphan_rows += _read_file(filesystem, root, path, None, table.problems)
     return table
 
