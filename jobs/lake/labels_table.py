@@ -23,7 +23,7 @@ from deltalake.exceptions import TableNotFoundError
 
 from jobs.lake.done_images import KEY_COLUMNS, DoneImages, LabelFile, Range
 from jobs.lake.fragments import PARTITION_COLUMN, labels_uri
-from jobs.lake.storage import ObjectInfo, Storage
+from jobs.lake.storage import CORRUPT_TRIES, CorruptObjectError, ObjectInfo, Storage
 from schemas.errors import SchemaMismatchError, StorageError, UsageError
 from schemas.labels import LABEL_SCHEMA, LABEL_SCHEMA_VERSION, ErrorKind, Status, check_labels
 
@@ -42,6 +42,9 @@ _RANGE_COLUMNS = ("image_id", "source", "shard", "status", "error_kind")
 _READ_BUFFER_BYTES = 64 << 10
 # deltalake repeats what is busy by itself, but not a reply that was cut short.
 _OPEN_PAUSES_S = (0.2, 1.0)
+_CHECKED_PARQUET = pads.ParquetFileFormat(
+    default_fragment_scan_options=pads.ParquetFragmentScanOptions(page_checksum_verification=True)
+)
 # None of them may be null, so a file's bounds hold for every row of it.
 _GUARANTEED_COLUMNS = ("image_id", "source", "shard", "status")
 
@@ -335,6 +338,44 @@ def _guarantee(file: LabelFile) -> pads.Expression:
 
 
 def _read_keys(filesystem: pafs.FileSystem, root: str, file: LabelFile) -> pa.Table:
-    parquet = pads.ParquetFileFormat()
-    fragment = parquet.make_fragment(f"{root}/{file.path}", filesystem, file_size=file.size_bytes)
-    return fragment.to_table(columns=list(KEY_COLUMNS), schema=LABEL_SCHEMA)
+    """The keys of one file, compared with what the log says of it; read again where they differ.
+
+    A wrong key would make an image be labelled twice, or never. Page checksums cover the pages, the log's
+    counts and bounds the footer, which has none.
+
+    Raises:
+        CorruptObjectError: it is damaged, and still is when read again.
+    """
+    problem = ""
+    for _ in range(CORRUPT_TRIES):
+        fragment = _CHECKED_PARQUET.make_fragment(
+            f"{root}/{file.path}", filesystem, file_size=file.size_bytes
+        )
+        try:
+            keys = fragment.to_table(columns=list(KEY_COLUMNS), schema=LABEL_SCHEMA)
+        except FileNotFoundError:
+            raise
+        except (pa.ArrowException, OSError) as error:
+            problem = first_line(error)
+            continue
+        if _agree(keys, file):
+            return keys
+        problem = "its rows are not those that the log says"
+    raise CorruptObjectError(
+        f"label file {root}/{file.path} is damaged: {problem}; `masklake lake doctor` says what else is"
+    )
+
+
+def _agree(keys: pa.Table, file: LabelFile) -> bool:
+    """Whether the rows are as many as the Add action says, and within its bounds."""
+    if file.num_rows not in (None, keys.num_rows):
+        return False
+    ranges = (file.image_ids, file.sources, file.shards, file.statuses)
+    for name, bounds in zip(_GUARANTEED_COLUMNS, ranges, strict=True):
+        values = keys[name]
+        if values.null_count:
+            return False
+        low, high = (pc.min_max(values)[end].as_py() for end in ("min", "max"))
+        if low is not None and ((bounds.low or low) > low or (bounds.high or high) < high):
+            return False
+    return True

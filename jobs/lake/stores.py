@@ -13,6 +13,14 @@ from jobs.lake.store import Store
 from schemas.errors import UsageError
 from schemas.specs import StorageSpec
 
+# By itself deltalake's client gives up within two seconds; a store that fails over is away for a minute.
+_DELTA_PATIENCE = {
+    "max_retries": "40",
+    "retry_timeout": "90s",
+    "backoff_config.init_backoff": "200ms",
+    "backoff_config.max_backoff": "20s",
+    "backoff_config.base": "4",
+}
 SCHEMES = ("file", "s3", "gs", "memory")
 
 
@@ -67,10 +75,10 @@ class Stores:
                 f"'{uri}': a table cannot live in one process's memory; use a path, s3:// or gs://"
             )
         if scheme == "gs":
-            return {"google_skip_signature": "true"} if self._spec.anonymous else {}
+            return _DELTA_PATIENCE | ({"google_skip_signature": "true"} if self._spec.anonymous else {})
         if scheme == "file":
             return {}
-        options = {"aws_conditional_put": "etag"}
+        options = {"aws_conditional_put": "etag", **_DELTA_PATIENCE}
         if endpoint_url := self._endpoint_url():
             options["aws_endpoint_url"] = endpoint_url
             options["aws_allow_http"] = str(endpoint_url.startswith("http://")).lower()

@@ -16,7 +16,7 @@ from jobs.lake.compact import commit_compaction, merge_group, plan_compaction
 from jobs.lake.done_images import DoneImages, ShardState
 from jobs.lake.fragments import Fragment
 from jobs.lake.labels_table import LabelsTable
-from jobs.lake.storage import Storage
+from jobs.lake.storage import CorruptObjectError, Storage
 from schemas.errors import SchemaMismatchError, UsageError
 from schemas.labels import LABEL_SCHEMA, ErrorKind
 
@@ -432,3 +432,22 @@ def test_among_finds_images_in_any_of_many_files(
         found = {i for start in range(0, 120, size) for i in among(done, ids[start : start + size])}
         assert found == labelled
     assert among(done, list(reversed(ids))) == labelled
+
+
+def test_a_damaged_label_file_makes_no_plan_wrong(
+    lake: str, storage: Storage, make_rows: Callable[..., pa.Table], add_labels: Callable[..., object]
+) -> None:
+    table = LabelsTable.open_or_create(lake, storage)
+    ids = [f"image-{number:03d}" for number in range(50)]
+    add_labels(table, storage, make_rows(ids, MODEL, shard="."))
+    (uri,) = table.file_uris()
+    sound = Path(uri).read_bytes()
+    (source,) = table.dataset().to_table(columns=["source"])["source"].unique().to_pylist()
+    outcomes: set[bool | str] = set()
+    for place in range(0, len(sound), len(sound) // 150):
+        Path(uri).write_bytes(sound[:place] + bytes([sound[place] ^ 4]) + sound[place + 1 :])
+        try:
+            outcomes.add(among(table.done_images(str(source), MODEL), [*ids, "unheard-of"]) == set(ids))
+        except CorruptObjectError:
+            outcomes.add("refused")
+    assert outcomes == {True, "refused"}
