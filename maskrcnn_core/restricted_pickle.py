@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 import pickletools
 import re
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -26,6 +27,16 @@ from numpy.typing import NDArray
 # A ResNet-101 Mask R-CNN of 700 arrays takes about 20,000 opcodes.
 MAX_OPCODES = 1_000_000
 _MAX_DIMENSIONS = 8
+# What pickletools, and a machine that trusts nothing, stumble over in bytes that are no pickle.
+_DAMAGE = (
+    ValueError,
+    TypeError,
+    IndexError,
+    KeyError,
+    OverflowError,
+    AttributeError,
+    DeprecationWarning,  # an escape that no pickle has
+)
 
 # What NumPy calls its plain numbers in a pickle: kind and bytes. 'O', objects, is not among them.
 _DTYPE = re.compile(r"b1|[iu][1248]|f[248]")
@@ -66,16 +77,20 @@ def load_plain_pickle(data: bytes) -> Any:
     machine = _Machine(max_bytes=4 * len(data) + 4096)  # bytes as text, decoded and put into an array: 3
     position = 0
     try:
-        for count, (opcode, argument, where) in enumerate(pickletools.genops(data)):
-            position = where or 0
-            if count >= MAX_OPCODES:
-                raise RefusedPickleError(f"it has more than {MAX_OPCODES} opcodes; no set of weights has.")
-            if opcode.name == "STOP":
-                return machine.pop()
-            machine.step(opcode.name, argument)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", DeprecationWarning)
+            for count, (opcode, argument, where) in enumerate(pickletools.genops(data)):
+                position = where or 0
+                if count >= MAX_OPCODES:
+                    raise RefusedPickleError(
+                        f"it has more than {MAX_OPCODES} opcodes; no set of weights has."
+                    )
+                if opcode.name == "STOP":
+                    return machine.pop()
+                machine.step(opcode.name, argument)
     except RefusedPickleError as error:
         raise RefusedPickleError(f"at byte {position}: {error}") from None
-    except (ValueError, TypeError, IndexError, KeyError, OverflowError, AttributeError) as error:
+    except _DAMAGE as error:
         raise RefusedPickleError(
             f"at byte {position}: damaged or not a pickle ({str(error)[:100]})."
         ) from error

@@ -239,6 +239,11 @@ def test_no_damage_brings_anything_but_data_or_a_refusal(data: st.DataObject) ->
         assert len(message) < 400
 
 
+def test_an_escape_that_is_none_is_damage() -> None:
+    with pytest.raises(RefusedPickleError, match="invalid escape"):
+        load_plain_pickle(b"S'\\y'\n.")
+
+
 def test_every_opcode_of_python_is_known_here_or_refused() -> None:
     for opcode in pickletools.opcodes:
         with pytest.raises(RefusedPickleError):

@@ -120,7 +120,7 @@ def test_every_missing_uri_is_named_with_its_flag() -> None:
         ("modle: {uri: x}", "modle is not a known key (did you mean model?)"),
         ("batch_size: 3", "batch_size is not a known key (did you mean pool.batch_size?)"),
         ("lake: {format: tar}", "lake.format is not a known key (did you mean source.format?)"),
-        ("commit: {x: 1}", "commit.x is not a known key (commit has every_s, every_images)"),
+        ("commit: {x: 1}", "commit.x is not a known key (commit has every_s, every_images, compact)"),
         ("zzz: 1", "zzz is not a known key"),
     ],
 )
@@ -160,7 +160,7 @@ def test_an_unknown_key_is_refused_with_the_nearest_right_name(
             "storage.endpoint_url=x:1",
             "storage.endpoint_url is no endpoint, wanted http://HOST:PORT or https://HOST",
         ),
-        ("commit=3", "commit is of type int, wanted a section with the keys every_s, every_images"),
+        ("commit=3", "commit is of type int, wanted a section with the keys every_s, every_images, compact"),
     ],
 )
 def test_a_wrong_value_is_named_with_what_was_got_and_wanted(override: str, message: str) -> None:
