@@ -33,6 +33,8 @@ FLAT_COLUMNS = (
     "max_score",
 )
 _NEVER_NULL = ("image_id", "source", "shard", "status", "run_id", "labeled_at")
+# Boxes are clipped at the network's input size and scaled back in float32, as torchvision does.
+_ROUNDING = 1e-6
 _OK_HAS = ("content_hash", "width", "height", "num_detections")
 _FAILED_HAS = ("error_kind", "error")
 
@@ -99,7 +101,8 @@ def detection_faults(rows: pa.Table) -> Iterator[Fault]:
     firsts = np.flatnonzero(np.concatenate(([True], ~is_next))) if len(image) else image
     best = _floats(rows["max_score"])[image[firsts]]
     yield "max_score is not the best score", image[firsts][best != score[firsts]]
-    inside = (box["x0"] >= 0) & (box["y0"] >= 0) & (box["x1"] <= width) & (box["y1"] <= height)
+    edges_x, edges_y = width * (1 + _ROUNDING), height * (1 + _ROUNDING)
+    inside = (box["x0"] >= 0) & (box["y0"] >= 0) & (box["x1"] <= edges_x) & (box["y1"] <= edges_y)
     inside &= (box["x0"] <= box["x1"]) & (box["y0"] <= box["y1"])
     yield "a box that is not inside its image", image[~inside]
     pixels, areas = rle_sizes(fields["rle"])

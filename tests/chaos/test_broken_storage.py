@@ -111,12 +111,9 @@ def test_a_log_that_is_cut_short_on_the_way_is_read_again(
     assert reference.verdict(bucket.table(), images) == []
 
 
-NO_PATIENCE = pytest.mark.xfail(reason="deltalake gives up on a log after 2 s", strict=True)
-
-
 @pytest.mark.parametrize(
     "path",
-    [pytest.param("", marks=NO_PATIENCE), FRAGMENTS, pytest.param("_delta_log", marks=NO_PATIENCE)],
+    ["", FRAGMENTS, "_delta_log"],
 )
 def test_a_minute_without_the_server_is_waited_for(
     path: str, bucket: Bucket, drivers: Drivers, reference: Reference
@@ -158,13 +155,7 @@ def test_an_object_that_is_damaged_for_good_fails_alone_and_has_no_labels(
     assert reference.verdict(table, images) == []
 
 
-FLIPS = pytest.param(
-    "flip",
-    marks=pytest.mark.xfail(reason="keys of labels are read without checksums, and once", strict=True),
-)
-
-
-@pytest.mark.parametrize("fault", [FLIPS, "shorten", "truncate"])
+@pytest.mark.parametrize("fault", ["flip", "shorten", "truncate"])
 @pytest.mark.parametrize("seed", range(4))
 def test_damage_on_the_way_of_labels_makes_no_plan_wrong(
     seed: int, fault: Fault, bucket: Bucket, drivers: Drivers, reference: Reference

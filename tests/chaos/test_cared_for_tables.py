@@ -73,7 +73,6 @@ def test_a_reader_of_an_old_version_reads_on_while_orphans_and_small_files_are_c
     assert (found.orphans, len(found.replaced), found.num_rows) == ([], 12, 24)
 
 
-@pytest.mark.xfail(reason="a box may end a rounding error beyond its image's edge", strict=True)
 def test_the_doctor_finds_a_killed_table_as_sound_as_the_judge_does(
     drivers: Drivers, reference: Reference, tmp_path: Path, disk: Storage
 ) -> None:
