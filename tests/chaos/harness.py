@@ -311,7 +311,7 @@ class Schedule:
         def kill() -> Kill:
             name = rng.choice([None, None, "unit_finished", "commit_send", "commit_put", "commit_done"])
             nth = rng.randint(1, 6 if name == "unit_finished" else 3)
-            after_s = rng.uniform(0, seconds * num_images / 24)
+            after_s = rng.uniform(0, 0.9 * seconds * num_images / 24)
             return Kill(None if name is None else f"{name}#{nth}", after_s)
 
         return cls(

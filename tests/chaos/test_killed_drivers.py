@@ -41,7 +41,7 @@ def play(schedule: Schedule, drivers: Drivers, reference: Reference, folder: Pat
         f"seed {schedule.seed}: {schedule.num_images} images as {schedule.form}, "
         f"units of {schedule.max_images}, commits of {schedule.every_images}; "
         f"killed {outcome.num_killed} at {', '.join(map(str, schedule.kills))}; {outcome.reruns} reruns, "
-        f"{outcome.repeated} images repeated, {table.num_versions - 1} commits, "
+        f"{outcome.repeated} images repeated, {table.num_versions - 1} versions, "
         f"{len(table.orphan_rows)} orphaned rows"
     )
     return outcome
