@@ -6,6 +6,7 @@ import os
 import random
 import resource
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -25,6 +26,7 @@ pytestmark = [pytest.mark.chaos, pytest.mark.timeout(1800)]
 ACTORS = "MapWorker(MapBatches(_LabelActor))"
 READERS = "MapBatches(UnitReader"
 WRITERS = "MapBatches(FragmentWriter"
+FRAGMENTS = "/labels/model_id"
 TWO_ACTORS = ("pool.min_actors=2", "pool.max_actors=2")
 DRIVER_TIMEOUT_S = 600.0
 
@@ -108,25 +110,30 @@ def test_ten_killed_actors_and_workers_cost_time_and_nothing_else(
         every_images=4,
         settings=(*TWO_ACTORS, f"storage.endpoint_url={bucket.proxy.endpoint_url}"),
     )
+    enough = threading.Event()
     bucket.proxy.set_rules(
         Rule("delay", "GET", "/images/[a-z]", seconds=1.5),
-        Rule("delay", "PUT", "/labels/model_id", seconds=0.7),
+        Rule("delay", "PUT", FRAGMENTS, seconds=0.7, times=20),
+        Rule("pass", "PUT", FRAGMENTS, before=lambda: enough.wait(20)),  # so that it does not end too soon
     )
     (node,) = one_node.nodes
     driver = one_node.driver(job)
     killed: list[str] = []
 
     def progress() -> int:
-        return sum("PUT" in request and "/labels/model_id" in request for request in bucket.proxy.requests)
+        return sum("PUT" in request and FRAGMENTS in request for request in bucket.proxy.requests)
 
     later = [ACTORS] * 4 + [WRITERS] * 3
     rng.shuffle(later)
     for kind in [READERS] * 3 + later:
-        seen = progress() if kind == ACTORS and ACTORS in killed else -1
-        wait_until(lambda: progress() > seen, driver)  # noqa: B023
+        seen, give_up = progress(), time.monotonic() + 10
+        again = kind == ACTORS and ACTORS in killed
+        while again and progress() == seen and time.monotonic() < give_up:
+            time.sleep(0.05)
         if victim := meet(node, kind, driver, rng):
             os.kill(victim, signal.SIGKILL)
             killed.append(kind)
+    enough.set()
     ended = driver.wait(DRIVER_TIMEOUT_S)
     table = bucket.table()
     print(
