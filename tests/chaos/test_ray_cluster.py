@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import random
 import resource
@@ -9,9 +10,11 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from jobs.lake.failpoints import VARIABLE as FAILPOINTS
 from jobs.lake.storage import Storage
@@ -114,7 +117,7 @@ def test_ten_killed_actors_and_workers_cost_time_and_nothing_else(
     bucket.proxy.set_rules(
         Rule("delay", "GET", "/images/[a-z]", seconds=1.5),
         Rule("delay", "PUT", FRAGMENTS, seconds=0.7, times=20),
-        Rule("pass", "PUT", FRAGMENTS, before=lambda: enough.wait(20)),  # so that it does not end too soon
+        Rule("pass", "PUT", FRAGMENTS, before=lambda: enough.wait(90)),  # so that it does not end too soon
     )
     (node,) = one_node.nodes
     driver = one_node.driver(job)
@@ -203,7 +206,7 @@ def test_a_source_larger_than_the_object_store_goes_through_it(tmp_path: Path, d
 
 
 def limit_memory(node: Node, more_bytes: int) -> int:
-    """Let the actors have so much more address space than they have now, and no more; gives their number."""
+    """Let the actors have so much more address space than they have now; gives their number."""
     actors = node.workers(ACTORS)
     for pid in actors:
         num_pages = int(Path(f"/proc/{pid}/statm").read_text().split()[0])
@@ -212,34 +215,29 @@ def limit_memory(node: Node, more_bytes: int) -> int:
     return len(actors)
 
 
-def test_an_actor_that_gets_no_more_memory_fails_images_and_not_the_table(
+def test_an_image_for_which_an_actor_has_no_memory_fails_alone_and_is_labelled_when_there_is(
     one_node: RayCluster, reference: Reference, tmp_path: Path, disk: Storage
 ) -> None:
-    images = reference.first(30)
-    source = write_source(tmp_path / "images", make_source("tar", images))
+    """90 MB of pixels where 64 MB are to be had. With none at all, Ray's threads would hang as they start."""
+    images = reference.first(20)
+    large = io.BytesIO()
+    Image.new("RGB", (6000, 5000), "teal").save(large, "JPEG")
+    source = write_source(
+        tmp_path / "images", make_source("files", {**images, "large.jpg": large.getvalue()})
+    )
     settings = (*TWO_ACTORS, "failures.budget=100%")
     job = Job(source, str(tmp_path / "lake"), max_images=1, every_images=3, settings=settings)
     (node,) = one_node.nodes
     driver = one_node.driver(job)
     assert wait_until(lambda: read_table(job.lake, disk).rows, driver)
-    assert limit_memory(node, 0) == 2
+    assert limit_memory(node, 64 << 20) == 2
     ended = driver.wait(DRIVER_TIMEOUT_S)
     table = read_table(job.lake, disk)
-    failed = [row for row in table.rows if row["status"] == "failed"]
-    print(
-        ended.status,
-        len(failed),
-        "failed",
-        {row["error_kind"]: row["error"] for row in failed},
-        ended.last_line,
-    )
-    if ended.status != 0:
-        ended.check_clear_end(1)
-    assert table.problems == []
-    kinds = ",".join(sorted({row["error_kind"] for row in failed}))
-    again = one_node.driver(Job(job.source, job.lake, settings=(*settings, f"failures.retry=[{kinds}]")))
-    ended = again.wait(DRIVER_TIMEOUT_S)
-    assert ended.status == 0, ended.stderr
-    ok = [row for row in read_table(job.lake, disk).rows if row["status"] == "ok"]
-    assert sorted(row["image_id"] for row in ok) == sorted(set(read_table(job.lake, disk).ids()))
-    assert len(ok) == len(images)
+    (failed,) = (row for row in table.rows if row["status"] == "failed")
+    print(ended.status, failed["error_kind"], failed["error"])
+    assert (ended.status, failed["image_id"]) == (0, "large.jpg")
+    table.rows.remove(failed)
+    assert reference.verdict(table, images) == []
+    retry = replace(job, settings=(*settings, f"failures.retry=[{failed['error_kind']}]"))
+    ended = one_node.driver(retry).wait(DRIVER_TIMEOUT_S)
+    assert (ended.status, ended.summary["images"], ended.summary["ok"]) == (0, 1, 1), ended.stderr
