@@ -257,7 +257,9 @@ class DeltaStore:
         self._read_new_versions()
         # deltalake reads every version since the last checkpoint for it, a request each: once is enough.
         if app_id not in self._numbers:
-            self._numbers[app_id] = self._table.delta.transaction_version(app_id)
+            self._numbers[app_id] = self._table.ask(
+                "reading the log", lambda delta: delta.transaction_version(app_id)
+            )
         return self._numbers[app_id]
 
     def find_commit(self, commit_id: str) -> int | None:
@@ -268,7 +270,10 @@ class DeltaStore:
     def _read_new_versions(self) -> None:
         version = self._table.version
         num_new = version - self._searched_version
-        for commit in reversed(self._table.delta.history(num_new)) if num_new > 0 else ():
+        history = (
+            self._table.ask("reading the log", lambda delta: delta.history(num_new)) if num_new > 0 else []
+        )
+        for commit in reversed(history):
             if "commit_id" in commit:
                 self._found[commit["commit_id"]] = int(commit["version"])
             if (app_id := commit.get("app_id")) in self._numbers:
@@ -282,14 +287,19 @@ class DeltaStore:
         self, fragments: Sequence[Fragment], app_id: str, transaction: int, metadata: Mapping[str, str | int]
     ) -> None:
         self._in_doubt = True
-        self._table.delta.create_write_transaction(
-            [_add_action(fragment) for fragment in fragments],
-            mode="append",
-            schema=self._table.delta.schema(),
-            partition_by=[PARTITION_COLUMN],
-            commit_properties=CommitProperties(
-                app_transactions=[Transaction(app_id, transaction)],
-                custom_metadata={**metadata, _NUMBER: transaction},
+        # A call that hangs may commit yet. Of it and of what is sent in its stead one is refused, for both
+        # carry the same number of the same app transaction.
+        self._table.ask(
+            "a commit to the log",
+            lambda delta: delta.create_write_transaction(
+                [_add_action(fragment) for fragment in fragments],
+                mode="append",
+                schema=delta.schema(),
+                partition_by=[PARTITION_COLUMN],
+                commit_properties=CommitProperties(
+                    app_transactions=[Transaction(app_id, transaction)],
+                    custom_metadata={**metadata, _NUMBER: transaction},
+                ),
             ),
         )
         self._in_doubt = False

@@ -8,9 +8,9 @@ to_pyarrow_table() aborted processes at exit.
 import io
 import re
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import quote, unquote
 
 import duckdb
@@ -24,6 +24,7 @@ from deltalake.exceptions import TableNotFoundError
 from jobs.lake.done_images import KEY_COLUMNS, DoneImages, LabelFile, Range
 from jobs.lake.fragments import PARTITION_COLUMN, labels_uri
 from jobs.lake.storage import CORRUPT_TRIES, CorruptObjectError, ObjectInfo, Storage
+from jobs.lake.time_limit import HungCallError, within
 from schemas.errors import SchemaMismatchError, StorageError, UsageError
 from schemas.labels import LABEL_SCHEMA, LABEL_SCHEMA_VERSION, ErrorKind, Status, check_labels
 
@@ -42,11 +43,15 @@ _RANGE_COLUMNS = ("image_id", "source", "shard", "status", "error_kind")
 _READ_BUFFER_BYTES = 64 << 10
 # deltalake repeats what is busy by itself, but not a reply that was cut short.
 _OPEN_PAUSES_S = (0.2, 1.0)
+# Longer than deltalake goes on with one request (stores.py); a log of 100,000 files opens in half a second.
+LOG_LIMIT_S = 180.0
 _CHECKED_PARQUET = pads.ParquetFileFormat(
     default_fragment_scan_options=pads.ParquetFragmentScanOptions(page_checksum_verification=True)
 )
 # None of them may be null, so a file's bounds hold for every row of it.
 _GUARANTEED_COLUMNS = ("image_id", "source", "shard", "status")
+
+AnswerT = TypeVar("AnswerT")
 
 
 class LabelsTable:
@@ -56,6 +61,7 @@ class LabelsTable:
         """Open the table at its own URI; see open(), which takes the lake's."""
         self.uri = uri
         self._storage = storage
+        self._is_stuck = False
         self._delta = self._load(version)
 
     @classmethod
@@ -74,7 +80,9 @@ class LabelsTable:
         uri = labels_uri(storage.normalize(lake_uri))
         location, options = _delta_uri(uri), storage.delta_options(uri)
         try:
-            return DeltaTable.is_deltatable(location, options)
+            return within(
+                LOG_LIMIT_S, "looking for the log", lambda: DeltaTable.is_deltatable(location, options)
+            )
         except Exception as error:  # deltalake raises OSError, DeltaError or bare Exception as it comes
             raise StorageError(f"cannot look for a label table at {uri}: {first_line(error)}") from error
 
@@ -82,19 +90,21 @@ class LabelsTable:
     def open_or_create(cls, lake_uri: str, storage: Storage) -> "LabelsTable":
         """Open the label table of a lake, made empty if there is none. Several may try at once."""
         uri = labels_uri(storage.normalize(lake_uri))
+        create = partial(
+            DeltaTable.create,
+            _delta_uri(uri),
+            Schema.from_arrow(LABEL_SCHEMA),
+            mode="ignore",
+            partition_by=[PARTITION_COLUMN],
+            description="masklake labels: one row per image and model",
+            configuration=_PROPERTIES,
+            storage_options=storage.delta_options(uri),
+            # Tried again, the loser of a race would declare the winner's table anew, as version 1.
+            commit_properties=CommitProperties(max_commit_retries=0),
+            raise_if_key_not_exists=False,
+        )
         try:
-            DeltaTable.create(
-                _delta_uri(uri),
-                Schema.from_arrow(LABEL_SCHEMA),
-                mode="ignore",
-                partition_by=[PARTITION_COLUMN],
-                description="masklake labels: one row per image and model",
-                configuration=_PROPERTIES,
-                storage_options=storage.delta_options(uri),
-                # Tried again, the loser of a race would declare the winner's table anew, as version 1.
-                commit_properties=CommitProperties(max_commit_retries=0),
-                raise_if_key_not_exists=False,
-            )
+            within(LOG_LIMIT_S, "creating the log", create)
         except UsageError:
             raise
         except Exception as error:  # as above; and whoever loses a race to create it finds the winner's table
@@ -107,7 +117,7 @@ class LabelsTable:
 
     @property
     def delta(self) -> DeltaTable:
-        """The log, for commits. Its own readers are not to be used, see above."""
+        """The log as it is in memory; ask() it what it has to read. Its readers of rows are not to be used."""
         return self._delta
 
     @property
@@ -116,11 +126,28 @@ class LabelsTable:
 
     def refresh(self) -> None:
         """Go on to the newest version, reading only what was added to the log."""
-        self._delta.update_incremental()
+        if self._is_stuck:
+            self.reopen()
+        else:
+            self.ask("reading the log", DeltaTable.update_incremental)
 
     def reopen(self) -> None:
         """Go on to the newest version, trusting nothing that is in memory."""
         self._delta = self._load(None)
+        self._is_stuck = False
+
+    def ask(self, what: str, call: Callable[[DeltaTable], AnswerT]) -> AnswerT:
+        """Call something of the log that goes to storage.
+
+        Raises:
+            HungCallError: it did not come back. A commit may be in the log all the same, or get there yet,
+                unless another takes its place; refresh() opens the table anew.
+        """
+        try:
+            return within(LOG_LIMIT_S, f"{what} of {self.uri}", lambda: call(self._delta))
+        except HungCallError:
+            self._is_stuck = True
+            raise
 
     def files(self, model_id: str | None = None) -> list[LabelFile]:
         """Every file of this version, or of one model in it."""
@@ -238,13 +265,17 @@ class LabelsTable:
     def _open(self, version: int | None) -> tuple[DeltaTable, int]:
         """The log at a version, where there is such a one, and the newest version."""
         options = self._storage.delta_options(self.uri)
+
+        def load() -> tuple[DeltaTable, int]:
+            delta = DeltaTable(_delta_uri(self.uri), storage_options=options)
+            newest = delta.version()
+            if version is not None and version <= newest:
+                delta.load_as_version(version)
+            return delta, newest
+
         for pause_s in (*_OPEN_PAUSES_S, None):
             try:
-                delta = DeltaTable(_delta_uri(self.uri), storage_options=options)
-                newest = delta.version()
-                if version is not None and version <= newest:
-                    delta.load_as_version(version)
-                return delta, newest
+                return within(LOG_LIMIT_S, f"opening the log of {self.uri}", load)
             except TableNotFoundError as error:
                 raise UsageError(f"there is no label table at {self.uri}; check the lake's URI") from error
             except Exception as error:  # deltalake raises OSError, DeltaError or bare Exception as it comes

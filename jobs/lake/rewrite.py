@@ -139,7 +139,9 @@ def _find_commit(
 ) -> tuple[int, str] | None:
     """The version that one of the commits made, and its commit_id."""
     num_new = table.version - searched_version
-    for commit in table.delta.history(num_new) if sent and num_new > 0 else ():
+    if not sent or num_new <= 0:
+        return None
+    for commit in table.ask("reading the log", lambda delta: delta.history(num_new)):
         if (commit_id := commit.get("commit_id")) in sent:
             return int(commit["version"]), str(commit_id)
     return None
@@ -176,10 +178,13 @@ def _commit(table: LabelsTable, merged: Sequence[MergedFile], metadata: Mapping[
         for file in merged
         for old in file.replaces
     ]
-    table.delta.create_write_transaction(
-        [*adds, *removes],
-        mode="append",
-        schema=table.delta.schema(),
-        partition_by=[PARTITION_COLUMN],
-        commit_properties=CommitProperties(custom_metadata=dict(metadata), max_commit_retries=0),
+    table.ask(
+        "a commit to the log",
+        lambda delta: delta.create_write_transaction(
+            [*adds, *removes],
+            mode="append",
+            schema=delta.schema(),
+            partition_by=[PARTITION_COLUMN],
+            commit_properties=CommitProperties(custom_metadata=dict(metadata), max_commit_retries=0),
+        ),
     )

@@ -1,6 +1,7 @@
 """Commits, jobs/lake/commit.py: in memory under faults by the hundred, and on a real Delta log."""
 
 import random
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
@@ -484,6 +485,49 @@ def test_a_lost_reply_is_recognised_in_the_log(
     ours = committer(LosesReplies(table))
     ours.add(labelled("a"))
     assert ours.commit() == 1
+    ours.add(labelled("b"))
+    assert ours.commit() == 2
+    assert images(table) == ["a", "b"]
+
+
+@pytest.mark.parametrize("lands_first", [False, True])
+def test_a_commit_that_hangs_is_sent_again_and_only_one_of_the_two_stands(
+    lands_first: bool,
+    table: LabelsTable,
+    labelled: Callable[[str], Fragment],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("jobs.lake.labels_table.LOG_LIMIT_S", 0.5)
+    write = DeltaTable.create_write_transaction
+    wakes, ended = threading.Event(), threading.Event()
+    outcomes: list[str] = []
+
+    def late(delta: DeltaTable, *args: Any, **kwargs: Any) -> None:
+        wakes.wait(10)
+        try:
+            write(delta, *args, **kwargs)
+            outcomes.append("committed")
+        except Exception as error:
+            outcomes.append(str(error))
+        ended.set()
+
+    def hanging_once(delta: DeltaTable, *args: Any, **kwargs: Any) -> None:
+        monkeypatch.setattr(DeltaTable, "create_write_transaction", again)
+        late(delta, *args, **kwargs)
+
+    def again(delta: DeltaTable, *args: Any, **kwargs: Any) -> None:
+        if lands_first:  # after our look and before this second try
+            wakes.set()
+            assert ended.wait(10)
+        write(delta, *args, **kwargs)
+
+    monkeypatch.setattr(DeltaTable, "create_write_transaction", hanging_once)
+    ours = committer(DeltaStore(table))
+    ours.add(labelled("a"))
+    assert ours.commit() == 1
+    wakes.set()
+    assert ended.wait(10)
+    assert (outcomes == ["committed"]) == lands_first
     ours.add(labelled("b"))
     assert ours.commit() == 2
     assert images(table) == ["a", "b"]
