@@ -117,7 +117,7 @@ class LabelsTable:
 
     @property
     def delta(self) -> DeltaTable:
-        """The log as it is in memory; ask() it what it has to read. Its readers of rows are not to be used."""
+        """The log in memory; ask() it what it has to read. Its own readers of rows are not to be used."""
         return self._delta
 
     @property
