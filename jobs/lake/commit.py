@@ -29,6 +29,8 @@ from schemas.errors import CommitConflictError, CommitStateUnknownError, Masklak
 _MAX_ATTEMPTS = 6
 _NUMBER = "app_transaction"  # in a commit's metadata: the number of its app transaction
 _FIRST_BACKOFF_S = 0.5  # doubled each time: 15.5 s in all, on top of the retries of the store's client
+# No further attempt after it: each may be as long as that client's own patience (stores.py), several times.
+_PATIENCE_S = 120.0
 
 
 def app_id(source_uri: str, model_id: str) -> str:
@@ -166,8 +168,11 @@ class Committer:
     def _commit_batch(self, batch: _Batch) -> int:
         """Look, send where the batch is not there, look again. Gives the version that has it."""
         failure: Exception | None = None
+        started_s = self._clock()
         for attempt in range(_MAX_ATTEMPTS + 1):
             if attempt:
+                if self._clock() - started_s > _PATIENCE_S:
+                    break
                 self._sleep(_FIRST_BACKOFF_S * 2 ** (attempt - 1))
             try:
                 version = self._look_for(batch)
@@ -180,7 +185,7 @@ class Committer:
                 raise
             except Exception as error:  # of the store's client; whatever it was, the batch may be there: look
                 failure = error
-        raise self._give_up(failure) from failure
+        raise self._give_up(failure, attempt) from failure
 
     def _look_for(self, batch: _Batch) -> int | None:
         self._store.refresh()
@@ -216,7 +221,7 @@ class Committer:
             f"same command again."
         )
 
-    def _give_up(self, failure: Exception | None) -> MasklakeError:
+    def _give_up(self, failure: Exception | None, num_attempts: int) -> MasklakeError:
         reason = first_line(failure) if failure else "it does not show up in the table"
         if self._unknown:
             return CommitStateUnknownError(
@@ -224,7 +229,7 @@ class Committer:
                 f"since: {reason}. Once it can, run the same command again: it labels what is missing."
             )
         return StorageError(
-            f"a commit of {self.num_pending} images is not in the label table after {_MAX_ATTEMPTS} "
+            f"a commit of {self.num_pending} images is not in the label table after {num_attempts} "
             f"attempts: {reason}. What was committed before stays; run the same command again."
         )
 

@@ -41,8 +41,9 @@ _PROPERTIES = {
 _RANGE_COLUMNS = ("image_id", "source", "shard", "status", "error_kind")
 # A file's keys are some KiB beside megabytes of masks, which Storage's own buffer would fetch with them.
 _READ_BUFFER_BYTES = 64 << 10
-# deltalake repeats what is busy by itself, but not a reply that was cut short.
+# deltalake repeats what is busy by itself, but not a reply that was cut short, which is soon known.
 _OPEN_PAUSES_S = (0.2, 1.0)
+_SOON_S = 30.0
 # Longer than deltalake goes on with one request (stores.py); a log of 100,000 files opens in half a second.
 LOG_LIMIT_S = 180.0
 _CHECKED_PARQUET = pads.ParquetFileFormat(
@@ -274,12 +275,13 @@ class LabelsTable:
             return delta, newest
 
         for pause_s in (*_OPEN_PAUSES_S, None):
+            started_s = time.monotonic()
             try:
                 return within(LOG_LIMIT_S, f"opening the log of {self.uri}", load)
             except TableNotFoundError as error:
                 raise UsageError(f"there is no label table at {self.uri}; check the lake's URI") from error
             except Exception as error:  # deltalake raises OSError, DeltaError or bare Exception as it comes
-                if pause_s is None:
+                if pause_s is None or time.monotonic() - started_s > _SOON_S:
                     message = f"cannot open the label table at {self.uri}: {first_line(error)}"
                     raise StorageError(message) from error
             time.sleep(pause_s)

@@ -1,7 +1,7 @@
 """A limit on the time of a call that may never come back.
 
-deltalake's calls are such: under many refused requests its reader waited for ever for a task of its own
-(seen at 20 % refused, release 1.6.6; others report it of the kernel below it), with no time limit to set.
+deltalake's calls are such: they know no limit of their own, and users of the kernel below it report readers
+that wait for ever for one of its own tasks (ClickHouse issue 117280; not seen here).
 """
 
 import queue

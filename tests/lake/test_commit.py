@@ -202,6 +202,23 @@ def test_a_table_that_cannot_be_read_before_anything_was_sent_is_a_storage_error
         ours.commit()
 
 
+def test_a_store_that_stays_away_is_not_asked_for_ever() -> None:
+    now_s = 0.0
+
+    class Away(MemoryStore):
+        def refresh(self) -> None:
+            nonlocal now_s
+            now_s += 90.0  # as long as its client goes on by itself
+            raise StoreFaultError("busy")
+
+    ours = committer(Away(Log()), clock=lambda: now_s)
+    ours.add(fragment("u1"))
+    with pytest.raises(StorageError, match="busy"):
+        ours.commit()
+    assert now_s == 180.0
+    assert ours.num_pending == 10
+
+
 # Hundreds of schedules
 
 
