@@ -25,7 +25,7 @@ Fault = Literal[
     "reset",  # the connection breaks; the server sees nothing
     "stall",  # half of the body, then nothing for `seconds`, then the connection breaks
     "slow",  # the body over `seconds`
-    "delay",  # the server sees it after `seconds`
+    "delay",  # the server sees it after `seconds`, or once it is `released`
     "truncate",  # half of the body, then the connection ends
     "shorten",  # half of the body, with a Content-Length to match
     "flip",  # one bit of the body is wrong
@@ -52,7 +52,8 @@ class Rule:
     times: so many are broken; None: all from then on.
     until_s: it applies for so many seconds from its first use.
     code: of "refuse".
-    before: called, in a thread, before the request goes on.
+    before: called, in one of a few threads, before the request goes on.
+    released: of "delay": whether it is over already.
     """
 
     fault: Fault
@@ -65,6 +66,7 @@ class Rule:
     seconds: float = 1.0
     code: str = "SlowDown"
     before: Callable[[], object] | None = None
+    released: Callable[[], bool] = lambda: False
     first_used_s: float | None = None
 
     def fits(self, method: str, path: str, rng: random.Random) -> bool:
@@ -162,7 +164,9 @@ class FaultProxy:
             await writer.drain()
             return
         if rule is not None and fault == "delay":
-            await asyncio.sleep(rule.seconds)
+            over_s = time.monotonic() + rule.seconds
+            while (left_s := over_s - time.monotonic()) > 0 and not rule.released():
+                await asyncio.sleep(min(0.1, left_s))
         reply = await self._forward(head, body)
         if fault == "lose_reply":
             writer.transport.abort()

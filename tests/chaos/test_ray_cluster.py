@@ -116,19 +116,20 @@ def test_ten_killed_actors_and_workers_cost_time_and_nothing_else(
     enough = threading.Event()
     bucket.proxy.set_rules(
         Rule("delay", "GET", "/images/[a-z]", seconds=1.5),
-        Rule("delay", "PUT", FRAGMENTS, seconds=0.7, times=20),
-        Rule("pass", "PUT", FRAGMENTS, before=lambda: enough.wait(90)),  # so that it does not end too soon
+        Rule("delay", "PUT", FRAGMENTS, seconds=0.7, times=6),
+        # So that it does not end too soon. Longer than 30 s would be taken for silence, and tried again.
+        Rule("delay", "PUT", FRAGMENTS, seconds=25, released=enough.is_set),
     )
     (node,) = one_node.nodes
     driver = one_node.driver(job)
+    started = time.monotonic()
     killed: list[str] = []
 
     def progress() -> int:
         return sum("PUT" in request and FRAGMENTS in request for request in bucket.proxy.requests)
 
-    later = [ACTORS] * 4 + [WRITERS] * 3
-    rng.shuffle(later)
-    for kind in [READERS] * 3 + later:
+    # Readers are done first, and once all is labelled there are no actors any more.
+    for kind in [READERS] * 3 + [ACTORS] * 2 + [WRITERS] * 5:
         seen, give_up = progress(), time.monotonic() + 10
         again = kind == ACTORS and ACTORS in killed
         while again and progress() == seen and time.monotonic() < give_up:
@@ -136,6 +137,7 @@ def test_ten_killed_actors_and_workers_cost_time_and_nothing_else(
         if victim := meet(node, kind, driver, rng):
             os.kill(victim, signal.SIGKILL)
             killed.append(kind)
+            print(f"{time.monotonic() - started:.0f} s: {kind}", end="; ")
     enough.set()
     ended = driver.wait(DRIVER_TIMEOUT_S)
     table = bucket.table()
