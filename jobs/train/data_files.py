@@ -6,11 +6,13 @@ version of a label table is pinned when its set is made, so a run that is taken 
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import shutil
 import tempfile
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -109,22 +111,26 @@ def fetch_data_file(file: DataFile, folder: Path, storage: Storage) -> TrainingS
         StorageError: it cannot be fetched.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{file.fingerprint}.arrow"
+    # Two sets with one fingerprint may have their images in other places.
+    place = hashlib.blake2b(file.uri.encode(), digest_size=8).hexdigest()
+    path = folder / f"{place}-{file.fingerprint}.arrow"
     if not path.exists():
         # Several workers may fetch at once; each gives the name to a whole file.
         with (
-            tempfile.NamedTemporaryFile(dir=folder, delete=False) as local,
+            tempfile.NamedTemporaryFile(dir=folder) as local,
             storage.open_verified(storage.stat(file.uri)) as stream,
         ):
             shutil.copyfileobj(stream, local)
-        os.replace(local.name, path)
-    found = TrainingSet(path)
-    if found.fingerprint != file.fingerprint:
-        raise UsageError(
-            f"{file.uri} is another set than this run was started with ({found.fingerprint}, wanted "
-            f"{file.fingerprint}); choose another --out"
-        )
-    return found
+            local.flush()
+            found = TrainingSet(Path(local.name)).fingerprint
+            if found != file.fingerprint:
+                raise UsageError(
+                    f"{file.uri} is another set than this run was started with ({found}, wanted "
+                    f"{file.fingerprint}); choose another --out"
+                )
+            with suppress(FileExistsError):
+                os.link(local.name, path)
+    return TrainingSet(path)
 
 
 def _records(spec: DataSpec, storage: Storage) -> Records:
