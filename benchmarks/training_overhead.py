@@ -2,8 +2,8 @@
 
 Run:  python benchmarks/training_overhead.py [--steps 40] [--rounds 3] [--out benchmarks/results]
 
-Rendered scenes, preset lite. A step's time is the median over a run's steps but the first ten; what it takes to
-start the workers is not in it.
+Rendered scenes, preset lite. A step's time is the median over a run's steps but the first ten; starting the
+workers is not in it.
 """
 
 from __future__ import annotations
