@@ -3,10 +3,10 @@
 Run:  python benchmarks/precision.py [--weights CHECKPOINT] [--photos ../shared/data/facades] [--out ...]
 
 No trained r50_fpn can be shipped or downloaded. One that `masklake train` made on these photographs is given
-by --weights, and measured on the photographs that it was trained on and on some it never saw: for the difference
-between two precisions it does not matter that it knows the first by heart. Many instances of few categories
-make the difference readable: with 67 instances of 30 categories, AP moves by 0.0025 with any change of a
-rounding. Without --weights there is the bundled checkpoint alone.
+by --weights, and measured on the photographs that it was trained on and on some it never saw: for the
+difference between two precisions it does not matter that it knows the first by heart. Many instances of few
+categories make the difference readable: with 67 instances of 30 categories, AP moves by 0.0025 with any
+change of a rounding. Without --weights there is the bundled checkpoint alone.
 """
 
 from __future__ import annotations
