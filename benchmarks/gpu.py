@@ -41,6 +41,7 @@ from torchvision.ops import roi_align as align_one_level
 
 from benchmarks.common.network import same_weights
 from maskrcnn_core.inference import prepare_for_inference
+from maskrcnn_core.instance_masks import MaskCrops
 from maskrcnn_core.model import MaskRCNN
 from maskrcnn_core.ops import nms, resize_normalize, roi_align
 from maskrcnn_core.roi_heads import DetectedBoxes, Instances, pyramid_level, rois_of
@@ -536,7 +537,8 @@ def training(bench: Bench) -> list[str]:
         boxes = make_boxes(bench, 1, instances, (height, width), seed)[0]
         classes = torch.arange(1, instances + 1, device=bench.device)
         scale = boxes.new_tensor([size[1] / width, size[0] / height] * 2)
-        own.append(Instances(boxes * scale, classes, ellipses(boxes * scale, *images.shape[2:])))
+        crops = MaskCrops.from_dense(ellipses(boxes * scale, *images.shape[2:]))
+        own.append(Instances(boxes * scale, classes, crops, boxes.new_zeros(0, 4)))
         their_targets.append({"boxes": boxes, "labels": classes, "masks": ellipses(boxes, height, width)})
     their_images = Theirs(bench, reference, batch).images
 

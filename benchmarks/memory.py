@@ -26,7 +26,8 @@ from jobs.infer.read import ShardTask, UnitReader
 from jobs.infer.run import run_infer
 from jobs.lake.sources import list_shards
 from jobs.lake.storage import Storage
-from schemas.specs import InferSpec, SourceSpec, StorageSpec, load_spec
+from schemas.spec_loader import load_spec
+from schemas.specs import InferSpec, SourceSpec, StorageSpec
 
 DRIVER_AT_MOST = 1.2
 READ_AT_MOST_MB = 256

@@ -1,4 +1,4 @@
-"""The command line: `masklake infer | evaluate | schema | model … | demo | …`.
+"""The command line: `masklake infer | train | evaluate | schema | model … | demo | …`.
 
 A MasklakeError becomes one line on stderr and its exit status; anything else is our own fault and keeps its
 traceback.
@@ -17,11 +17,13 @@ from jobs.care.cli import app as lake_commands
 from jobs.export.cli import app as model_commands
 from schemas.errors import MasklakeError
 from schemas.labels import ErrorKind
-from schemas.specs import SPECS, InferSpec, SourceSpec, StorageSpec, json_schema, load_spec
+from schemas.spec_loader import SPECS, json_schema, load_spec
+from schemas.specs import InferSpec, SourceSpec, StorageSpec
+from schemas.train_spec import TrainSpec
 
 app = typer.Typer(
     name="masklake",
-    help="Instance masks for whole image lakes: label, evaluate, look.",
+    help="Instance masks for whole image lakes: label, train, evaluate, look.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     add_completion=False,
@@ -79,6 +81,61 @@ def infer(
             f"table    {summary.lake}/labels at version {summary.committed_version}\n"
             f"summary  {summary.lake}/runs/{summary.run_id}/summary.json"
         )
+
+
+@app.command("train")
+def train_model(
+    spec_file: Annotated[
+        Path | None, typer.Argument(help="spec file (YAML); flags and --set override it")
+    ] = None,
+    data: Annotated[
+        str | None, typer.Option(help="coco:URI of an instances JSON, or lake:URI@VERSION of a label table")
+    ] = None,
+    images: Annotated[str | None, typer.Option(help="where the images of --data are")] = None,
+    min_score: Annotated[float | None, typer.Option(help="lake: detections below it are background")] = None,
+    ignore_below: Annotated[
+        float | None,
+        typer.Option(help="lake: those from --min-score to it are ignored"),
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="preset, or checkpoint to go on from")] = None,
+    out: Annotated[str | None, typer.Option(help="where the run keeps checkpoints, model and report")] = None,
+    register: Annotated[str | None, typer.Option(help="name in the lake's model registry")] = None,
+    strict: Annotated[bool, typer.Option("--strict", help="stop where an annotation is wrong")] = False,
+    overrides: Overrides = [],  # noqa: B006 - as above
+    as_json: Json = False,
+) -> None:
+    """Train a model on COCO files, on the labels of a lake, or both; run again, it goes on."""
+    spec = load_spec(
+        TrainSpec,
+        None if spec_file is None else str(spec_file),
+        overrides,
+        **{
+            "data.train.uri": data,
+            "data.train.images": images,
+            "data.train.min_score": min_score,
+            "data.train.ignore_below": ignore_below,
+            "model.uri": model,
+            "out.uri": out,
+            "register_as.name": register,
+            "strict": strict or None,
+        },
+    )
+    from jobs.train.run import run_train
+    from jobs.train.watcher import default_watcher
+
+    summary = run_train(spec, default_watcher())
+    if as_json:
+        print(summary.to_json())
+        return
+    print(
+        f"{summary.steps:,} steps in {summary.seconds:.0f} s.\n"
+        f"model    {summary.model}\n"
+        f"report   {summary.out}/report/report.md"
+    )
+    if summary.ap is not None:
+        print(f"mask AP  {summary.ap:.3f}")
+    if summary.registered is not None:
+        print(f"registered as {summary.registered}")
 
 
 @app.command()

@@ -103,39 +103,68 @@ def shift_by_label(boxes: Tensor, labels: Tensor, valid: Tensor) -> Tensor:
 
 
 def match(
-    gt_boxes: Tensor, boxes: Tensor, *, positive_iou: float, negative_iou: float, rescue: bool
+    gt_boxes: Tensor,
+    boxes: Tensor,
+    *,
+    positive_iou: float,
+    negative_iou: float,
+    rescue: bool,
+    ignored_boxes: Tensor,
 ) -> Tensor:
     """Assign to each box a ground-truth box by IoU.
 
     Args:
-        gt_boxes: (G, 4); G may be 0, then every box is NEGATIVE.
+        gt_boxes: (G, 4); G may be 0, then no box is positive.
         boxes: (N, 4) anchors or proposals.
         positive_iou: from here on a box is positive; below negative_iou it is negative; between, IGNORED.
         rescue: the boxes that overlap a gt box most become positive even below the threshold, each
             for the gt box that it overlaps most itself (Faster R-CNN, section 3.1.2, case i).
+        ignored_boxes: (I, 4); a box is IGNORED, too, that is not positive and has at least half of its own
+            area in one of these.
 
     Returns:
         (N,) int64: index into gt_boxes, or NEGATIVE, or IGNORED.
     """
     if gt_boxes.shape[0] == 0:
-        return torch.full((boxes.shape[0],), NEGATIVE, dtype=torch.int64, device=boxes.device)
-    iou: Tensor = box_iou(gt_boxes, boxes)  # (G, N)
-    best_iou, best_gt = iou.max(dim=0)
-    matched = best_gt.clone()
-    matched[best_iou < positive_iou] = IGNORED
-    matched[best_iou < negative_iou] = NEGATIVE
-    if rescue:
-        best_of_gt = iou.max(dim=1, keepdim=True).values
-        rescued = (iou == best_of_gt).any(dim=0)
-        matched[rescued] = best_gt[rescued]
+        matched = torch.full((boxes.shape[0],), NEGATIVE, dtype=torch.int64, device=boxes.device)
+    else:
+        iou: Tensor = box_iou(gt_boxes, boxes)  # (G, N)
+        best_iou, best_gt = iou.max(dim=0)
+        matched = best_gt.clone()
+        matched[best_iou < positive_iou] = IGNORED
+        matched[best_iou < negative_iou] = NEGATIVE
+        if rescue:
+            best_of_gt = iou.max(dim=1, keepdim=True).values
+            rescued = (iou == best_of_gt).any(dim=0)
+            matched[rescued] = best_gt[rescued]
+    if ignored_boxes.shape[0]:
+        matched[(matched == NEGATIVE) & _lies_in_one_of(ignored_boxes, boxes)] = IGNORED
     return matched
 
 
-def sample_balanced(matched: Tensor, num_samples: int, positive_fraction: float) -> tuple[Tensor, Tensor]:
+def _lies_in_one_of(regions: Tensor, boxes: Tensor) -> Tensor:
+    """(N,) bool: at least half of the area of boxes (N, 4) lies in one of the regions (I, 4), I >= 1.
+
+    Source: cocoapi, common/maskApi.c (bbIou): with a crowd, intersection over the detection's own area.
+    """
+    area = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
+    corner0 = torch.maximum(regions[:, None, :2], boxes[:, :2])
+    corner1 = torch.minimum(regions[:, None, 2:], boxes[:, 2:])
+    most_inside = (corner1 - corner0).clamp(min=0).prod(2).amax(0)
+    return (area > 0) & (2 * most_inside >= area)
+
+
+def sample_balanced(
+    matched: Tensor,
+    num_samples: int,
+    positive_fraction: float,
+    generator: torch.Generator | None = None,
+) -> tuple[Tensor, Tensor]:
     """Draw at most `num_samples` boxes, at most the given fraction of them positive.
 
     Args:
         matched: (N,) from `match`.
+        generator: on the device of `matched`; None: torch's global one.
 
     Returns:
         indices of the positives and of the negatives drawn, each int64, in random order.
@@ -144,6 +173,8 @@ def sample_balanced(matched: Tensor, num_samples: int, positive_fraction: float)
     negative = torch.where(matched == NEGATIVE)[0]
     num_positive = min(positive.numel(), int(num_samples * positive_fraction))
     num_negative = min(negative.numel(), num_samples - num_positive)
-    pick_positive = torch.randperm(positive.numel(), device=matched.device)[:num_positive]
-    pick_negative = torch.randperm(negative.numel(), device=matched.device)[:num_negative]
-    return positive[pick_positive], negative[pick_negative]
+    orders = [
+        torch.randperm(of_kind.numel(), generator=generator, device=matched.device)
+        for of_kind in (positive, negative)
+    ]
+    return positive[orders[0][:num_positive]], negative[orders[1][:num_negative]]

@@ -130,7 +130,7 @@ def parse_checkpoint(data: bytes, where: str) -> Checkpoint:
     Raises:
         CheckpointError: not safetensors, no masklake header, or the fingerprint does not match the weights.
     """
-    metadata = _header_metadata(data, where)
+    metadata = read_metadata(data, where)
     if metadata.get("masklake.format") != FORMAT:
         raise CheckpointError(
             f"{where} is a safetensors file but not a masklake checkpoint (no '{FORMAT}' header); "
@@ -166,7 +166,7 @@ def weight_fingerprint(weights: Mapping[str, Tensor], config: Mapping[str, Any])
     return digest.hexdigest()
 
 
-def _header_metadata(data: bytes, where: str) -> dict[str, str]:
+def read_metadata(data: bytes, where: str) -> dict[str, str]:
     """The `__metadata__` of a safetensors file: 8 bytes little-endian length, then a JSON header."""
     not_safetensors = CheckpointError(
         f"{where} is not a safetensors file; masklake opens no other format (a pickle could run code)."

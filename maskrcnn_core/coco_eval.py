@@ -1,6 +1,7 @@
 """Average precision as COCO defines it, by pycocotools.
 
-Enters: ground truth in COCO's form and detections. Leaves: the twelve figures of COCO, for boxes or masks.
+Enters: ground truth in COCO's form and detections. Leaves: the twelve figures of COCO, for boxes or masks,
+and AP by category.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import io
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from maskrcnn_core.predictor import Detections
@@ -15,22 +17,38 @@ from maskrcnn_core.predictor import Detections
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
 
 
+@dataclass(frozen=True)
+class CocoScores:
+    """figures: METRICS; by_category: category_id -> AP. Each is in [0, 1]; -1 where there is no instance."""
+
+    figures: dict[str, float]
+    by_category: dict[int, float]
+
+
 def evaluate_coco(
     ground_truth: Mapping[str, Any],
     detections: Mapping[int, Detections],
     kind: Literal["bbox", "segm"],
 ) -> dict[str, float]:
-    """COCO's AP and AR, averaged over IoU 0.50 ... 0.95, areas and categories.
+    """The figures of score_coco alone."""
+    return score_coco(ground_truth, detections, kind).figures
+
+
+def score_coco(
+    ground_truth: Mapping[str, Any],
+    detections: Mapping[int, Detections],
+    kind: Literal["bbox", "segm"],
+) -> CocoScores:
+    """COCO's AP and AR, averaged over IoU 0.50 ... 0.95, areas and categories; and AP of each category.
 
     Args:
         ground_truth: `images`, `annotations`, `categories` as in an instances JSON; not changed.
         detections: by the ground truth's image id. Only these images are evaluated.
 
-    Returns:
-        METRICS, each in [0, 1]; -1 where no instance falls into an area range.
-
     Raises:
         ValueError: no image is evaluated, or the ground truth has no annotation for them.
+
+    Source: cocoapi, PythonAPI/pycocotools/cocoeval.py; its mean over categories is that of by_category.
     """
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
@@ -58,7 +76,22 @@ def evaluate_coco(
         evaluation.evaluate()
         evaluation.accumulate()
         evaluation.summarize()
-    return dict(zip(METRICS, map(float, evaluation.stats), strict=True))
+    return CocoScores(
+        dict(zip(METRICS, map(float, evaluation.stats), strict=True)),
+        dict(zip(map(int, evaluation.params.catIds), _by_category(evaluation), strict=True)),
+    )
+
+
+def _by_category(evaluation: Any) -> list[float]:
+    """AP over all areas with the most detections an image, for each of the evaluated categories, in order."""
+    # IoU thresholds, recalls, categories, areas (all first), detections an image (most last); -1: no instance
+    precision = evaluation.eval["precision"][:, :, :, 0, -1]
+    means = []
+    for category in range(precision.shape[2]):
+        measured = precision[:, :, category]
+        measured = measured[measured > -1]
+        means.append(float(measured.mean()) if measured.size else -1.0)
+    return means
 
 
 def to_coco_results(detections: Mapping[int, Detections]) -> list[dict[str, Any]]:

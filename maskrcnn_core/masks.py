@@ -132,6 +132,39 @@ def decode_rle(counts: bytes, height: int, width: int) -> NDArray[np.bool_]:
     return np.ascontiguousarray(np.repeat(is_foreground, runs).reshape(width, height).T)
 
 
+def decode_rle_crop(counts: bytes, height: int, y0: int, x0: int, y1: int, x1: int) -> NDArray[np.bool_]:
+    """The pixels of one COCO compressed count string that lie in a rectangle, and no others.
+
+    Releases the GIL. Runs behind the rectangle are not looked at.
+
+    Args:
+        height: rows of the mask's image.
+        y0, x0, y1, x1: rows y0 to y1 and columns x0 to x1, ends excluded; may be empty.
+
+    Returns:
+        (y1 - y0, x1 - x0) bool, C-contiguous: decode_rle(…)[y0:y1, x0:x1].
+
+    Raises:
+        ValueError: the rectangle is not one of `height` rows, or the string is malformed or ends before the
+            rectangle does.
+    """
+    if not (0 <= y0 <= y1 <= height and 0 <= x0 <= x1):
+        raise ValueError(f"rectangle is rows {y0} to {y1}, columns {x0} to {x1}, of {height} rows")
+    columns = np.zeros((x1 - x0, y1 - y0), np.bool_)
+    if columns.size:
+        _fill_columns(np.frombuffer(counts, np.uint8), height, y0, x0, columns)
+    return np.ascontiguousarray(columns.T)
+
+
+def rle_num_pixels(counts: bytes) -> int:
+    """Pixels that one COCO compressed count string covers: height × width of its image.
+
+    Raises:
+        ValueError: the string is malformed.
+    """
+    return int(_read_counts(counts).sum())
+
+
 def rle_area(counts: bytes) -> int:
     """Foreground pixels of one COCO compressed count string.
 
@@ -173,6 +206,44 @@ def _read_counts(counts: bytes) -> NDArray[np.int64]:
     if runs.min() < 0:
         raise ValueError(f"RLE string has a run of {runs.min()} pixels; a run cannot be negative")
     return runs
+
+
+@compiled
+def _fill_columns(
+    counts: NDArray[np.uint8], height: int, y0: int, x0: int, columns: NDArray[np.bool_]
+) -> None:
+    """Set the foreground of a count string in columns (w, h): column by column, as the string lies."""
+    num_columns, num_rows = columns.shape
+    end_pixel = (x0 + num_columns) * height
+    start, run, run_before = 0, 0, 0  # where the next run starts, and the last two runs
+    at = num_runs = 0
+    while start < end_pixel:
+        value = num_chars = 0
+        while True:
+            if at == len(counts) or num_chars == _MAX_COUNT_CHARS:
+                raise ValueError("RLE string is malformed, or ends before the rectangle does")
+            bits = int(counts[at]) - 48
+            if bits < 0 or bits > 63:
+                raise ValueError("RLE string holds other characters than '0' to 'o'")
+            value |= (bits & 31) << (5 * num_chars)
+            at, num_chars = at + 1, num_chars + 1
+            if bits < 32:
+                break
+        if bits & 16:
+            value -= 1 << (5 * num_chars)
+        length = value + run_before if num_runs > 2 else value
+        if length < 0:
+            raise ValueError("RLE string has a negative run")
+        if num_runs % 2 == 1 and length > 0:
+            last = min(start + length, end_pixel) - 1
+            for x in range(max(start // height, x0), last // height + 1):
+                first_row = max(start - x * height, y0)
+                end_row = min(last + 1 - x * height, y0 + num_rows)
+                for y in range(first_row, end_row):
+                    columns[x - x0, y - y0] = True
+        run, run_before = length, run
+        start += length
+        num_runs += 1
 
 
 def _pixel_boxes(boxes: NDArray[np.float32], scale: float) -> NDArray[np.int64]:

@@ -9,11 +9,14 @@ device: a batch can be captured as one graph, or exported.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
 from maskrcnn_core.backbone import build_backbone
 from maskrcnn_core.config import MaskRCNNConfig
+from maskrcnn_core.losses import LossSums
 from maskrcnn_core.roi_heads import MAX_CANDIDATES, DetectedBoxes, Instances, RoIHeads, rois_of
 from maskrcnn_core.rpn import RegionProposalNetwork
 
@@ -60,17 +63,45 @@ class MaskRCNN(nn.Module):
         return self.roi_heads.mask_probs(features, rois, class_indices)
 
     def losses(
-        self, images: Tensor, image_sizes: list[tuple[int, int]], targets: list[Instances]
+        self,
+        images: Tensor,
+        image_sizes: Sequence[tuple[int, int]],
+        targets: Sequence[Instances],
+        generators: Sequence[torch.Generator] | None = None,
     ) -> dict[str, Tensor]:
         """The five terms of the training loss, unweighted; their sum is what is minimised.
+
+        Args:
+            see loss_sums.
 
         Returns:
             loss_objectness, loss_rpn_box_reg, loss_classifier, loss_box_reg, loss_mask: scalars.
         """
+        return self.loss_sums(images, image_sizes, targets, generators).mean()
+
+    def loss_sums(
+        self,
+        images: Tensor,
+        image_sizes: Sequence[tuple[int, int]],
+        targets: Sequence[Instances],
+        generators: Sequence[torch.Generator] | None = None,
+    ) -> LossSums:
+        """The same five terms before they are divided by the numbers of samples.
+
+        Args:
+            images: (B, 3, H, W), normalised RGB, zero-padded at the right and the bottom.
+            image_sizes: B (height, width) of the images without their padding.
+            targets: B, on the images' device.
+            generators: B, on the images' device: an image's anchors and RoIs are sampled with its own, so
+                that they do not depend on the rest of the batch. None: torch's global one.
+        """
+        of_images = [None] * len(targets) if generators is None else generators
         features = self._features(images)
         sizes = torch.tensor(image_sizes, dtype=torch.float32, device=images.device)
-        proposals, rpn_losses = self.rpn.proposals_and_losses(features, sizes, [t.boxes for t in targets])
-        return rpn_losses | self.roi_heads.losses(features, proposals, targets)
+        proposals, rpn_sums = self.rpn.proposals_and_losses(
+            features, sizes, [t.boxes for t in targets], [t.ignored_boxes for t in targets], of_images
+        )
+        return rpn_sums | self.roi_heads.losses(features, proposals, image_sizes, targets, of_images)
 
     def _features(self, images: Tensor) -> list[Tensor]:
         return list(self.backbone(images).values())

@@ -6,6 +6,7 @@ of an image.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -24,11 +25,12 @@ from maskrcnn_core.boxes import (
     shift_by_label,
 )
 from maskrcnn_core.config import MaskRCNNConfig
-from maskrcnn_core.losses import rpn_loss
+from maskrcnn_core.losses import LossSums, rpn_loss
 from maskrcnn_core.ops import nms
 
 RPN_DELTA_WEIGHTS = (1.0, 1.0, 1.0, 1.0)
 MIN_PROPOSAL_PX = 1e-3  # a proposal with a side below this has no area to align
+EVERYWHERE_PX = 1e6  # no anchor comes near this
 
 
 class Proposals(NamedTuple):
@@ -61,16 +63,34 @@ class RegionProposalNetwork(nn.Module):
         return self._select(*self._predict(features), image_sizes)
 
     def proposals_and_losses(
-        self, features: list[Tensor], image_sizes: Tensor, gt_boxes: list[Tensor]
-    ) -> tuple[Proposals, dict[str, Tensor]]:
-        """The same, and the two losses against the ground truth of each image, (G, 4) each."""
+        self,
+        features: list[Tensor],
+        image_sizes: Tensor,
+        gt_boxes: list[Tensor],
+        ignored_boxes: list[Tensor],
+        generators: Sequence[torch.Generator | None],
+    ) -> tuple[Proposals, LossSums]:
+        """The same, and the two losses against the ground truth.
+
+        Args:
+            gt_boxes: (G, 4) of each image; ignored_boxes: (I, 4) of each image, where nothing is learnt.
+            generators: of each image's samples; None: torch's global one.
+        """
         logits, deltas, anchors = self._predict(features)
         with torch.no_grad():
             proposals = self._select(
                 [x.detach() for x in logits], [x.detach() for x in deltas], anchors, image_sizes
             )
+        ignored_boxes = [
+            _past_the_border(boxes, size) for boxes, size in zip(ignored_boxes, image_sizes, strict=True)
+        ]
         return proposals, self._losses(
-            torch.cat(logits, 1), torch.cat(deltas, 1), torch.cat(anchors), gt_boxes
+            torch.cat(logits, 1),
+            torch.cat(deltas, 1),
+            torch.cat(anchors),
+            gt_boxes,
+            ignored_boxes,
+            generators,
         )
 
     def _predict(self, features: list[Tensor]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
@@ -118,30 +138,51 @@ class RegionProposalNetwork(nn.Module):
         return Proposals(torch.where(chosen[..., None], proposals, 0.0), chosen, finite)
 
     def _losses(
-        self, logits: Tensor, deltas: Tensor, anchors: Tensor, gt_boxes: list[Tensor]
-    ) -> dict[str, Tensor]:
+        self,
+        logits: Tensor,
+        deltas: Tensor,
+        anchors: Tensor,
+        gt_boxes: list[Tensor],
+        ignored_boxes: list[Tensor],
+        generators: Sequence[torch.Generator | None],
+    ) -> LossSums:
         config = self.config
         sampled_logits, labels, positive_deltas, delta_targets = [], [], [], []
-        for image, boxes in enumerate(gt_boxes):
+        for image, (boxes, ignored, generator) in enumerate(
+            zip(gt_boxes, ignored_boxes, generators, strict=True)
+        ):
             matched = match(
                 boxes,
                 anchors,
                 positive_iou=config.rpn_positive_iou,
                 negative_iou=config.rpn_negative_iou,
                 rescue=True,
+                ignored_boxes=ignored,
             )
-            positive, negative = sample_balanced(matched, config.rpn_samples, config.rpn_positive_fraction)
+            positive, negative = sample_balanced(
+                matched, config.rpn_samples, config.rpn_positive_fraction, generator
+            )
             sampled_logits.append(logits[image, torch.cat((positive, negative))])
             labels.append(torch.cat((logits.new_ones(len(positive)), logits.new_zeros(len(negative)))))
             positive_deltas.append(deltas[image, positive])
             delta_targets.append(
                 encode_deltas(boxes[matched[positive]], anchors[positive], RPN_DELTA_WEIGHTS)
             )
-        objectness, regression = rpn_loss(
+        return rpn_loss(
             torch.cat(sampled_logits),
             torch.cat(labels),
             torch.cat(positive_deltas),
             torch.cat(delta_targets),
             config.rpn_smooth_l1_beta,
         )
-        return {"loss_objectness": objectness, "loss_rpn_box_reg": regression}
+
+
+def _past_the_border(ignored_boxes: Tensor, image_size: Tensor) -> Tensor:
+    """Ignored regions without an end where they touch the image's border, since anchors reach beyond it.
+
+    So a region that is the whole image leaves no anchor to learn from.
+    """
+    most = image_size.flip(0).repeat(2)
+    starts = torch.where(ignored_boxes <= 0, -EVERYWHERE_PX, ignored_boxes)[:, :2]
+    ends = torch.where(ignored_boxes >= most, EVERYWHERE_PX, ignored_boxes)[:, 2:]
+    return torch.cat((starts, ends), 1)

@@ -61,7 +61,7 @@ def show(value: object) -> str:
 
 
 def sections(cls: type[BaseModel]) -> dict[str, type[BaseModel]]:
-    """The fields of a spec that are specs themselves."""
+    """The fields of a spec that are sections themselves, always there."""
     return {
         name: field.annotation
         for name, field in cls.model_fields.items()
@@ -69,13 +69,35 @@ def sections(cls: type[BaseModel]) -> dict[str, type[BaseModel]]:
     }
 
 
-def _dotted_names(cls: type[BaseModel], prefix: str = "") -> Iterator[str]:
-    inner = sections(cls)
+def _inner(cls: type[BaseModel]) -> dict[str, tuple[type[BaseModel], bool]]:
+    """The sections, those that may be null, and mappings from names to sections (True)."""
+    found = {name: (section, False) for name, section in sections(cls).items()}
+    for name, field in cls.model_fields.items():
+        for member in getattr(field.annotation, "__args__", ()):
+            if isinstance(member, type) and issubclass(member, BaseModel):
+                found[name] = member, getattr(field.annotation, "__origin__", None) is dict
+    return found
+
+
+def _dotted_names(cls: type[BaseModel], near: Sequence[str], prefix: str = "") -> Iterator[str]:
+    """Every dotted name there is; a mapping's section goes by the name it has in `near`, a path."""
+    inner = _inner(cls)
     for name in cls.model_fields:
         if name in inner:
-            yield from _dotted_names(inner[name], f"{prefix}{name}.")
+            section, is_named = inner[name]
+            middle = f"{near[1] if len(near) > 1 and near[0] == name else 'NAME'}." if is_named else ""
+            yield from _dotted_names(section, near, f"{prefix}{name}.{middle}")
         else:
             yield prefix + name
+
+
+def _section_at(cls: type[BaseModel], path: str) -> type[BaseModel]:
+    parts = iter(path.split("."))
+    for part in parts:
+        cls, is_named = _inner(cls)[part]
+        if is_named:
+            next(parts, None)
+    return cls
 
 
 def _leaf(path: str) -> str:
@@ -86,20 +108,29 @@ def _locate(cls: type[BaseModel], detail: ErrorDetails) -> tuple[str, Wanted | N
     """The dotted path of the key at fault, without the names that pydantic gives a union's members."""
     names: list[str] = []
     owner = cls
-    for position, part in enumerate(detail["loc"], start=1):
+    parts = iter(enumerate(detail["loc"], start=1))
+    for position, part in parts:
+        if part == "[key]":  # pydantic's word for the name itself in a mapping
+            break
         names.append(str(part))
         field = owner.model_fields.get(str(part))
         if field is None:
             break
-        if str(part) not in sections(owner):
+        inner = _inner(owner)
+        if str(part) not in inner:
             index = next((f"[{i}]" for i in detail["loc"][position:] if isinstance(i, int)), "")
             return ".".join(names) + index, _wanted(field.annotation, field.metadata)
-        owner = sections(owner)[str(part)]
+        owner, is_named = inner[str(part)]
+        if is_named:
+            names += [str(name) for _, name in [next(parts, (0, None))] if name is not None]
+            if len(names) == position:
+                return ".".join(names), _wanted(field.annotation, field.metadata)
     return ".".join(names), None
 
 
 def _wanted(annotation: Any, metadata: Sequence[Any] = ()) -> Wanted | None:
-    for mark in (*metadata, *getattr(annotation, "__metadata__", ())):
+    # A type made of another one has both marks, its own last.
+    for mark in reversed((*getattr(annotation, "__metadata__", ()), *metadata)):
         if isinstance(mark, Wanted):
             return mark
     # `Count | None` keeps the mark inside the union.
@@ -112,16 +143,16 @@ def _problem(cls: type[BaseModel], path: str, wanted: Wanted | None, detail: Err
     kind, got = detail["type"], detail["input"]
     if kind == "extra_forbidden":
         shown = path if len(path) <= _SHOWN_CHARACTERS else path[:_SHOWN_CHARACTERS] + "…"
-        return f"{shown} is not a known key{nearest(path, list(_dotted_names(cls)))}"
+        return f"{shown} is not a known key{nearest(path, list(_dotted_names(cls, path.split('.'))))}"
     if kind == "missing":
-        flag = f" or give --{path.removesuffix('.uri')}" if path.endswith(".uri") else ""
+        flag = f" or give --{path.split('.')[0]}" if path.endswith(".uri") else ""
         return f"{path} is not set, wanted {wanted.text if wanted else 'a value'}: write it in the spec{flag}"
     if (
         kind == "value_error"
     ):  # a sentence of our own validators, which begins with its verb for a single field
         return f"{path}{'' if wanted else ':'} {detail['ctx']['error']}"
     if kind == "model_type":
-        keys = ", ".join(sections(cls)[path].model_fields)
+        keys = ", ".join(_section_at(cls, path).model_fields)
         return f"{path} is of type {type(got).__name__}, wanted a section with the keys {keys}"
     shown = f"of type {type(got).__name__}" if wanted is not None and wanted.secret else show(got)
     return f"{path} is {shown}, wanted {wanted.text if wanted else detail['msg']}"

@@ -1,7 +1,11 @@
-"""The demo's source: rendered scenes as PNGs in tar shards, and their ground truth as a COCO JSON."""
+"""The demo's source: rendered scenes as PNGs in tar shards, and their ground truth as a COCO JSON.
+
+`python -m jobs.demo.lake FOLDER` writes scenes to train on; none of them is one of the demo's.
+"""
 
 from __future__ import annotations
 
+import argparse
 import io
 import json
 import tarfile
@@ -12,7 +16,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from jobs.demo.scenes import SCENE_CATEGORIES, Scene, render_scene
+from jobs.demo.scenes import SCENE_CATEGORIES, TRAIN_SEED, Scene, render_scene
 from maskrcnn_core.masks import encode_masks
 
 
@@ -62,3 +66,16 @@ def _add_truth(truth: dict[str, list[dict[str, Any]]], scene: Scene, image_id: i
                 "segmentation": {"size": [height, width], "counts": rle.decode("ascii")},
             }
         )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Render scenes to train the demo's checkpoint on.")
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--scenes", type=int, default=16_000)
+    parser.add_argument("--shards", type=int, default=16)
+    arguments = parser.parse_args()
+    write_scene_lake(arguments.folder, range(TRAIN_SEED, TRAIN_SEED + arguments.scenes), arguments.shards)
+
+
+if __name__ == "__main__":
+    main()

@@ -21,6 +21,7 @@ MIN_RADIUS_PX, MAX_RADIUS_PX = 24.0, 64.0
 SHAPE_REACH = 1.15  # farthest point of any shape from its centre, in radii: the box's corner, 0.8 * sqrt(2)
 MAX_OBJECTS = 6
 MIN_VISIBLE = 0.4  # a shape that would hide more of an earlier one than this leaves is not painted
+TRAIN_SEED = 10_000_000  # scenes to train on count up from here; the demo's from 0, so none is in both
 MIN_CONTRAST = 60.0  # least distance in RGB between a shape's colour and what it is painted on
 
 Floats = NDArray[np.floating]

@@ -18,7 +18,8 @@ from jobs.infer.summary import Summary
 from jobs.lake.labels_table import LabelsTable
 from jobs.lake.storage import Storage
 from jobs.report.overlay import contact_sheet
-from schemas.specs import InferSpec, load_spec
+from schemas.spec_loader import load_spec
+from schemas.specs import InferSpec
 
 NUM_SHARDS = 4
 

@@ -12,30 +12,19 @@ from typing import Any
 import numpy as np
 from duckdb import ColumnExpression, ConstantExpression
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw
+from PIL import Image
 
 from jobs.lake.labels_table import LabelsTable
 from jobs.lake.sources import ShardReader, list_shards
 from jobs.lake.storage import Storage
 from maskrcnn_core.images import DecodeError, decode_image
-from maskrcnn_core.masks import decode_rle
+from maskrcnn_core.overlay import PALETTE, draw_boxes, draw_masks
 from schemas.errors import UsageError
 from schemas.labels import Status
 from schemas.specs import SourceSpec
 
 TILE_PX = 320
 COLUMNS = 4
-MASK_OPACITY = 0.5
-# Okabe and Ito's colours for the colour-blind, without black and grey.
-PALETTE = (
-    (230, 159, 0),
-    (86, 180, 233),
-    (0, 158, 115),
-    (240, 228, 66),
-    (0, 114, 178),
-    (213, 94, 0),
-    (204, 121, 167),
-)
 
 
 def contact_sheet(
@@ -76,30 +65,15 @@ def draw_detections(
     names: Mapping[int, str],
     min_score: float,
 ) -> Image.Image:
-    """The image with masks tinted, boxes outlined, name and score beside each; the best score on top."""
-    height, width = image.shape[:2]
-    canvas = image.astype(np.float32)
+    """The image with masks tinted, boxes outlined, name and score beside each; the first detection on top."""
     shown = [d for d in detections if d["score"] >= min_score]
-    for detection in reversed(shown):
-        mask = decode_rle(detection["rle"], height, width)
-        colour = np.array(_colour(detection), dtype=np.float32)
-        canvas[mask] = (1 - MASK_OPACITY) * canvas[mask] + MASK_OPACITY * colour
-    picture = Image.fromarray(canvas.astype(np.uint8))
-    scale = TILE_PX / max(width, height)
-    picture = picture.resize((max(1, round(width * scale)), max(1, round(height * scale))))
-    draw = ImageDraw.Draw(picture)
-    for detection in reversed(shown):
-        x0, y0, x1, y1 = (detection["box"][side] * scale for side in ("x0", "y0", "x1", "y1"))
-        draw.rectangle((x0, y0, max(x0, x1), max(y0, y1)), outline=_colour(detection), width=2)
-        text = f"{names.get(detection['category_id'], detection['category_id'])} {detection['score']:.2f}"
-        left, top, right, bottom = draw.textbbox((x0 + 3, max(0.0, y0 - 12)), text)
-        draw.rectangle((left - 2, top - 1, right + 2, bottom + 1), fill=(0, 0, 0))
-        draw.text((x0 + 3, max(0.0, y0 - 12)), text, fill=(255, 255, 255))
+    colours = [PALETTE[d["category_id"] % len(PALETTE)] for d in shown]
+    picture = draw_masks(image, [d["rle"] for d in shown], colours, TILE_PX)
+    boxes = np.array([[d["box"][side] for side in ("x0", "y0", "x1", "y1")] for d in shown], np.float32)
+    scale = TILE_PX / max(image.shape[:2])
+    captions = [f"{names.get(d['category_id'], d['category_id'])} {d['score']:.2f}" for d in shown]
+    draw_boxes(picture, boxes.reshape(-1, 4) * np.float32(scale), colours, captions)
     return picture
-
-
-def _colour(detection: Mapping[str, Any]) -> tuple[int, int, int]:
-    return PALETTE[detection["category_id"] % len(PALETTE)]
 
 
 def _pixels(

@@ -72,18 +72,46 @@ def _(
     return features[0].new_empty((rois.shape[0], side, side, features[0].shape[1])).permute(0, 3, 1, 2)
 
 
-def _remember(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    features, rois, levels, *ctx.rest = inputs
-    ctx.shapes = [f.shape for f in features]
-    ctx.save_for_backward(rois, levels)
+@torch.library.custom_op("masklake::roi_align_gradient", mutates_args=(), device_types="cpu")
+def roi_align_gradient(
+    gradient: Tensor,
+    rois: Tensor,
+    levels: Tensor,
+    grids: list[int],
+    num_images: int,
+    strides: list[int],
+    sampling_ratio: int,
+    aligned: bool,
+) -> list[Tensor]:
+    """What roi_align's result says of its features: torchvision's gradient, summed in float32.
+
+    Args:
+        gradient: (R, C, S, S), of the loss by the result.
+        grids: 2·L, H_l and W_l of each level; num_images: B.
+
+    Returns:
+        L tensors (B, C, H_l, W_l) of the gradient's type.
+    """
+    from maskrcnn_core.ops.cpu.roi_align_gradient import spread  # here: see above
+
+    return spread(gradient, rois, levels, grids, num_images, strides, sampling_ratio, aligned)
 
 
-def _backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
-    """torchvision's gradient, level by level, summed in float32."""
-    rois, levels = ctx.saved_tensors
-    strides, side, sampling_ratio, aligned = ctx.rest
+@roi_align_gradient.register_kernel("cuda")
+def _(
+    gradient: Tensor,
+    rois: Tensor,
+    levels: Tensor,
+    grids: list[int],
+    num_images: int,
+    strides: list[int],
+    sampling_ratio: int,
+    aligned: bool,
+) -> list[Tensor]:
+    """torchvision's operator, level by level."""
+    channels, side = gradient.shape[1:3]
     gradients = []
-    for level, (shape, stride) in enumerate(zip(ctx.shapes, strides, strict=True)):
+    for level, stride in enumerate(strides):
         of_level = torch.where(levels == level)[0]
         gradients.append(
             torch.ops.torchvision._roi_align_backward(
@@ -92,12 +120,44 @@ def _backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
                 1.0 / stride,
                 side,
                 side,
-                *shape,
+                num_images,
+                channels,
+                *grids[2 * level : 2 * level + 2],
                 sampling_ratio,
                 aligned,
             ).to(gradient.dtype)
         )
-    return gradients, None, None, None, None, None, None
+    return gradients
+
+
+@roi_align_gradient.register_fake
+def _(
+    gradient: Tensor,
+    rois: Tensor,
+    levels: Tensor,
+    grids: list[int],
+    num_images: int,
+    strides: list[int],
+    sampling_ratio: int,
+    aligned: bool,
+) -> list[Tensor]:
+    return [
+        gradient.new_empty((num_images, *grids[2 * level : 2 * level + 2], gradient.shape[1])).permute(
+            0, 3, 1, 2
+        )
+        for level in range(len(strides))
+    ]
+
+
+def _remember(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    features, rois, levels, strides, _, *ratio_and_aligned = inputs
+    grids = [extent for feature in features for extent in feature.shape[2:]]
+    ctx.rest = (grids, features[0].shape[0], strides, *ratio_and_aligned)
+    ctx.save_for_backward(rois, levels)
+
+
+def _backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
+    return roi_align_gradient(gradient, *ctx.saved_tensors, *ctx.rest), *[None] * 6
 
 
 roi_align.register_autograd(_backward, setup_context=_remember)

@@ -33,7 +33,8 @@ from jobs.lake.labels_table import LabelsTable
 from jobs.lake.lease import Lease
 from jobs.lake.storage import Storage
 from schemas.errors import FailureBudgetExceeded, LeaseHeldError, StorageError, UsageError
-from schemas.specs import InferSpec, StorageSpec, load_spec
+from schemas.spec_loader import load_spec
+from schemas.specs import InferSpec, StorageSpec
 
 if TYPE_CHECKING:
     from tests.integration.conftest import S3Bucket

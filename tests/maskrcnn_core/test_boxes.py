@@ -18,6 +18,7 @@ from maskrcnn_core.boxes import (
 )
 
 WEIGHTS = (10.0, 10.0, 5.0, 5.0)
+NONE = torch.zeros(0, 4)
 
 
 def random_boxes(num: int, seed: int) -> torch.Tensor:
@@ -79,20 +80,63 @@ def test_a_box_has_area_when_both_sides_are_long_enough() -> None:
 def test_matching_separates_positive_negative_and_ignored() -> None:
     truth = torch.tensor([[0.0, 0.0, 10.0, 10.0]])
     boxes = torch.tensor([[0.0, 0.0, 10.0, 10.0], [0.0, 0.0, 10.0, 20.0], [50.0, 50.0, 60.0, 60.0]])
-    matched = match(truth, boxes, positive_iou=0.7, negative_iou=0.3, rescue=False)
+    matched = match(truth, boxes, positive_iou=0.7, negative_iou=0.3, rescue=False, ignored_boxes=NONE)
     assert matched.tolist() == [0, IGNORED, NEGATIVE]
 
 
 def test_the_best_box_of_a_truth_is_rescued_below_the_threshold() -> None:
     truth = torch.tensor([[0.0, 0.0, 10.0, 10.0]])
     boxes = torch.tensor([[0.0, 0.0, 10.0, 40.0], [0.0, 0.0, 10.0, 100.0]])
-    matched = match(truth, boxes, positive_iou=0.7, negative_iou=0.3, rescue=True)
+    matched = match(truth, boxes, positive_iou=0.7, negative_iou=0.3, rescue=True, ignored_boxes=NONE)
     assert matched.tolist() == [0, NEGATIVE]
 
 
 def test_without_truth_every_box_is_negative() -> None:
-    matched = match(torch.zeros(0, 4), random_boxes(3, 5), positive_iou=0.7, negative_iou=0.3, rescue=True)
+    matched = match(
+        torch.zeros(0, 4),
+        random_boxes(3, 5),
+        positive_iou=0.7,
+        negative_iou=0.3,
+        rescue=True,
+        ignored_boxes=NONE,
+    )
     assert matched.tolist() == [NEGATIVE] * 3
+
+
+CROWD = torch.tensor([[20.0, 0.0, 40.0, 20.0]])
+
+
+def match_around(crowds: torch.Tensor, boxes: list[list[float]], truth: torch.Tensor = NONE) -> list[int]:
+    matched = match(
+        truth,
+        torch.tensor(boxes),
+        positive_iou=0.7,
+        negative_iou=0.3,
+        rescue=False,
+        ignored_boxes=crowds,
+    )
+    found: list[int] = matched.tolist()
+    return found
+
+
+def test_a_box_with_half_its_area_in_a_crowd_is_no_negative() -> None:
+    half, less, around = [10.0, 0.0, 30.0, 20.0], [9.9, 0.0, 29.9, 20.0], [0.0, 0.0, 60.0, 60.0]
+    assert match_around(CROWD, [half, less, around]) == [IGNORED, NEGATIVE, NEGATIVE]
+
+
+def test_half_of_a_box_counts_only_within_one_crowd() -> None:
+    two = torch.tensor([[0.0, 0.0, 4.0, 10.0], [6.0, 0.0, 10.0, 10.0]])
+    assert match_around(two, [[0.0, 0.0, 10.0, 10.0], [2.0, 0.0, 5.0, 10.0]]) == [NEGATIVE, IGNORED]
+
+
+def test_a_positive_box_in_a_crowd_stays_positive() -> None:
+    truth = torch.tensor([[22.0, 2.0, 32.0, 12.0]])
+    boxes = [[22.0, 2.0, 32.0, 12.0], [30.0, 10.0, 40.0, 20.0], [0.0, 0.0, 10.0, 10.0]]
+    assert match_around(CROWD, boxes, truth) == [0, IGNORED, NEGATIVE]
+
+
+def test_a_box_without_area_lies_in_no_crowd() -> None:
+    assert match_around(CROWD, [[25.0, 5.0, 25.0, 9.0]]) == [NEGATIVE]
 
 
 def test_sampling_keeps_the_share_of_positives_and_fills_with_negatives() -> None:
@@ -107,6 +151,19 @@ def test_sampling_keeps_the_share_of_positives_and_fills_with_negatives() -> Non
 def test_sampling_from_nothing_gives_nothing() -> None:
     positive, negative = sample_balanced(torch.zeros(0, dtype=torch.int64), 16, 0.25)
     assert len(positive) == len(negative) == 0
+
+
+def test_samples_follow_their_own_generator() -> None:
+    matched = torch.tensor([0] * 40 + [NEGATIVE] * 200)
+
+    def draw(seed: int) -> list[int]:
+        positive, negative = sample_balanced(matched, 32, 0.5, torch.Generator().manual_seed(seed))
+        torch.rand(1)  # whatever the global one does
+        drawn: list[int] = torch.cat((positive, negative)).tolist()
+        return drawn
+
+    assert draw(1) == draw(1)
+    assert draw(1) != draw(2)
 
 
 def test_labels_are_moved_apart_as_torchvision_moves_them() -> None:

@@ -15,6 +15,7 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 
 from benchmarks.common.network import PRESETS, same_weights
+from maskrcnn_core.instance_masks import MaskCrops
 from maskrcnn_core.model import MaskRCNN
 from maskrcnn_core.predictor import Detections, Predictor
 from maskrcnn_core.roi_heads import Instances
@@ -134,17 +135,24 @@ def test_the_losses_are_torchvisions_term_by_term(pair: Pair, photographs: list[
             expected |= reference.roi_heads(features, proposals, batch.image_sizes, resized)[1]
             torch.manual_seed(5)
             pyramid = list(features.values())
-            _, found = ours.rpn.proposals_and_losses(pyramid, sizes, [t["boxes"] for t in resized])
+            gt_boxes, nothing = [t["boxes"] for t in resized], torch.zeros(0, 4)
+            _, sums = ours.rpn.proposals_and_losses(pyramid, sizes, gt_boxes, [nothing] * 2, [None] * 2)
             # Their proposals: equal scores come in no certain order there, and samples are drawn by position.
-            found |= ours.roi_heads.losses(
+            sums |= ours.roi_heads.losses(
                 pyramid,
                 Proposals(
                     torch.stack(proposals),
                     torch.ones(2, len(proposals[0]), dtype=torch.bool),
                     torch.ones(2, dtype=torch.bool),
                 ),
-                [Instances(t["boxes"], t["labels"], t["masks"]) for t in resized],
+                batch.image_sizes,
+                [
+                    Instances(t["boxes"], t["labels"], MaskCrops.from_dense(t["masks"]), nothing)
+                    for t in resized
+                ],
+                [None] * 2,
             )
+            found = sums.mean()
     finally:
         reference.eval()
         ours.eval()

@@ -14,7 +14,14 @@ from numpy.typing import NDArray
 from pycocotools import mask as coco_mask
 from torchvision.models.detection.roi_heads import paste_masks_in_image
 
-from maskrcnn_core.masks import decode_rle, encode_mask_probs, encode_masks, rle_area
+from maskrcnn_core.masks import (
+    decode_rle,
+    decode_rle_crop,
+    encode_mask_probs,
+    encode_masks,
+    rle_area,
+    rle_num_pixels,
+)
 
 Probs = NDArray[np.float32]
 Boxes = NDArray[np.float32]
@@ -261,6 +268,47 @@ class TestDecodeRle:
             except ValueError:
                 continue
             assert decoded.shape == (30, 30)
+
+
+def test_a_crop_of_the_runs_is_that_of_the_decoded_mask() -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(300):
+        height, width = rng.integers(1, 20, 2).tolist()
+        mask = rng.random((height, width)) < rng.choice([0.05, 0.5, 0.95])
+        (rle,) = encode_masks(mask[None])
+        assert rle_num_pixels(rle) == height * width
+        y0, y1 = sorted(rng.integers(0, height + 1, 2).tolist())
+        x0, x1 = sorted(rng.integers(0, width + 1, 2).tolist())
+        crop = decode_rle_crop(rle, height, y0, x0, y1, x1)
+        assert crop.flags.c_contiguous
+        assert crop.shape == (y1 - y0, x1 - x0)
+        assert (crop == mask[y0:y1, x0:x1]).all()
+
+
+def test_a_crop_is_refused_where_the_runs_end_before_it_or_the_rectangle_is_none() -> None:
+    (rle,) = encode_masks(np.eye(4, dtype=np.bool_)[None])
+    assert decode_rle_crop(rle, 4, 0, 0, 4, 4).tolist() == np.eye(4, dtype=np.bool_).tolist()
+    with pytest.raises(ValueError, match="ends before the rectangle"):
+        decode_rle_crop(rle, 4, 0, 0, 4, 5)
+    with pytest.raises(ValueError, match="rows 3 to 2"):
+        decode_rle_crop(rle, 4, 3, 0, 2, 4)
+    with pytest.raises(ValueError, match="of 4 rows"):
+        decode_rle_crop(rle, 4, 0, 0, 5, 4)
+
+
+def test_a_crop_of_damaged_runs_is_some_mask_or_a_value_error() -> None:
+    rng = np.random.default_rng(1)
+    (rle,) = encode_masks(rng.random((1, 30, 30)) < 0.3)
+    refused = 0
+    for _ in range(500):
+        damaged = bytearray(rle)
+        for _ in range(rng.integers(1, 4)):
+            damaged[rng.integers(0, len(rle))] = rng.integers(0, 256)
+        try:
+            assert decode_rle_crop(bytes(damaged), 30, 3, 2, 28, 29).shape == (25, 27)
+        except ValueError:
+            refused += 1
+    assert 100 < refused < 500
 
 
 def test_masks_are_encoded_where_no_file_can_be_written(tmp_path: Path) -> None:

@@ -3,14 +3,26 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
-from torchvision.models.detection.roi_heads import project_masks_on_boxes
 
 from maskrcnn_core.config import MaskRCNNConfig, lite, r101_fpn
-from maskrcnn_core.losses import box_head_loss, mask_head_loss
+from maskrcnn_core.instance_masks import MaskCrops
 from maskrcnn_core.model import MaskRCNN, build_model
-from maskrcnn_core.roi_heads import Instances, align_masks, pyramid_level, rois_of
+from maskrcnn_core.roi_heads import Instances, pyramid_level, rois_of
 
 THREE = ((1, "one"), (2, "two"), (3, "three"))
+
+
+def instances(
+    boxes: list[list[float]], classes: list[int], ignored: list[list[float]] | None = None
+) -> Instances:
+    """Each mask fills its box."""
+    crops = [(int(y0), int(x0), np.ones((int(y1 - y0), int(x1 - x0)))) for x0, y0, x1, y1 in boxes]
+    return Instances(
+        torch.tensor(boxes).reshape(-1, 4),
+        torch.tensor(classes, dtype=torch.int64),
+        MaskCrops.from_crops(crops),
+        torch.tensor(ignored or []).reshape(-1, 4),
+    )
 
 
 def sizes_of(*sizes: tuple[int, int]) -> torch.Tensor:
@@ -23,9 +35,7 @@ def test_every_preset_detects_and_trains(preset: Callable[..., MaskRCNNConfig]) 
     model = build_model(config, seed=1)
     images = torch.randn(2, 3, 64, 96)
     sizes = [(64, 96), (60, 80)]
-    masks = torch.zeros(1, 64, 96, dtype=torch.uint8)
-    masks[0, 10:40, 10:50] = 1
-    target = Instances(torch.tensor([[10.0, 10.0, 50.0, 40.0]]), torch.tensor([2]), masks)
+    target = instances([[10.0, 10.0, 50.0, 40.0]], [2])
     losses = model.train().losses(images, sizes, [target, target])
     assert set(losses) == {
         "loss_objectness",
@@ -49,9 +59,7 @@ def test_every_preset_detects_and_trains(preset: Callable[..., MaskRCNNConfig]) 
 
 def test_an_image_without_instances_still_has_a_finite_loss(tiny_config: MaskRCNNConfig) -> None:
     model = build_model(tiny_config, seed=0).train()
-    empty = Instances(
-        torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64), torch.zeros(0, 64, 64, dtype=torch.uint8)
-    )
+    empty = instances([], [])
     losses = model.losses(torch.randn(2, 3, 64, 64), [(64, 64)] * 2, [empty, empty])
     total = sum(losses.values(), torch.zeros(()))
     total.backward()
@@ -107,9 +115,7 @@ def test_one_box_or_one_mask_of_all_classes_detects_and_trains(
     masks = 1 if "mask_class_agnostic" in agnostic else tiny_config.num_classes
     assert model.get_parameter("roi_heads.box_predictor.bbox_pred.weight").shape[0] == boxes
     assert model.get_parameter("roi_heads.mask_predictor.mask_fcn_logits.weight").shape[0] == masks
-    mask = torch.zeros(1, 64, 64, dtype=torch.uint8)
-    mask[0, 8:40, 8:40] = 1
-    target = Instances(torch.tensor([[8.0, 8, 40, 40]]), torch.tensor([3]), mask)
+    target = instances([[8.0, 8, 40, 40]], [3])
     losses = model.train().losses(torch.randn(1, 3, 64, 64), [(64, 64)], [target])
     sum(losses.values(), torch.zeros(())).backward()
     assert all(torch.isfinite(loss) for loss in losses.values())
@@ -130,6 +136,28 @@ def test_the_mask_of_a_detection_is_its_own_classs(tiny_model: MaskRCNN) -> None
     assert torch.allclose(mask_probs, own, atol=1e-6)
 
 
+@pytest.mark.parametrize("agnostic", [False, True])
+def test_masks_are_trained_as_they_are_predicted(tiny_config: MaskRCNNConfig, agnostic: bool) -> None:
+    """The same values as through torchvision's predictor, of the true class only, and the same gradients."""
+    heads = build_model(tiny_config.replace(mask_class_agnostic=agnostic), seed=0).roi_heads
+    torch.manual_seed(0)
+    features = [torch.randn(1, 96, 64 // 2**level, 64 // 2**level) for level in range(4)]
+    rois = torch.tensor([[0.0, 3, 5, 60, 47], [0, 20, 20, 40, 60], [0, 0, 0, 255, 200]])
+    classes = torch.tensor([2, 1, 2])
+    heads.mask_predictor.conv5_mask.bias.data.normal_()
+    every_class = heads.mask_predictor(heads.mask_head(heads._align(features, rois, 14)))
+    expected = every_class[torch.arange(3), 0 * classes if agnostic else classes]
+    found = heads._mask_logits(features, rois, classes)
+    assert torch.allclose(found, expected, atol=1e-5)
+    parameters = [*heads.mask_head.parameters(), *heads.mask_predictor.parameters()]
+    for ours, theirs in zip(
+        torch.autograd.grad(found.square().sum(), parameters),
+        torch.autograd.grad(expected.square().sum(), parameters),
+        strict=True,
+    ):
+        assert torch.allclose(ours, theirs, rtol=1e-3, atol=1e-3 * float(theirs.abs().max()))
+
+
 @pytest.mark.parametrize("norm", ["frozen_bn", "bn", "sync_bn", "gn"])
 def test_every_norm_builds_and_detects(tiny_config: MaskRCNNConfig, norm: str) -> None:
     model = build_model(tiny_config.replace(norm=norm), seed=0).eval()
@@ -143,8 +171,7 @@ def test_a_model_learns_one_scene_by_heart(tiny_config: MaskRCNNConfig) -> None:
     model: MaskRCNN = build_model(tiny_config, seed=0).train()
     image = torch.zeros(2, 3, 64, 64)
     image[:, :, 16:48, 16:48] = 2.0
-    masks = (image[0, :1] > 1).to(torch.uint8)
-    target = Instances(torch.tensor([[16.0, 16.0, 48.0, 48.0]]), torch.tensor([2]), masks)
+    target = instances([[16.0, 16.0, 48.0, 48.0]], [2])
     optimizer = torch.optim.AdamW(model.parameters(), 2e-3)
     history = []
     for _ in range(25):
@@ -156,48 +183,52 @@ def test_a_model_learns_one_scene_by_heart(tiny_config: MaskRCNNConfig) -> None:
     assert history[-1] < 0.5 * history[0]
 
 
-def test_the_mask_loss_reads_the_true_class_only() -> None:
-    logits = torch.zeros(1, 3, 2, 2)
-    logits[0, 1] = 20.0  # another class's opinion
-    target = torch.ones(1, 2, 2)
-    right = mask_head_loss(logits, torch.tensor([1]), target)
-    other = mask_head_loss(logits, torch.tensor([2]), target)
-    assert right < 1e-6
-    assert other == pytest.approx(np.log(2.0))
+def test_an_ignored_image_counts_for_nothing(tiny_config: MaskRCNNConfig) -> None:
+    """Anchors beyond the border and in the padding give no samples either."""
+    model = build_model(tiny_config, seed=0).train()
+    blank = instances([], [], ignored=[[0.0, 0.0, 48.0, 40.0]])
+    sums = model.loss_sums(torch.zeros(1, 3, 64, 64), [(40, 48)], [blank])
+    assert all(count == 0 for count in sums.counts.values())
+    total = sum(sums.mean().values(), torch.zeros(()))
+    assert total == 0
+    total.backward()
+    assert all(not p.grad.any() for p in model.parameters() if p.grad is not None)
 
 
-BETA = 1 / 9
+def test_a_crowd_keeps_its_background_from_being_learnt(tiny_config: MaskRCNNConfig) -> None:
+    model = build_model(tiny_config.replace(rpn_samples=100_000), seed=0).train()
+    image, size = torch.randn(1, 3, 64, 64), [(64, 64)]
+    counts = [
+        model.loss_sums(image, size, [instances([], [], ignored=ignored)]).counts["loss_objectness"]
+        for ignored in ([], [[10.0, 10.0, 30.0, 30.0]])
+    ]
+    assert 0 < counts[1] < counts[0]
 
 
-def test_background_has_no_box_loss() -> None:
-    logits, deltas = torch.zeros(2, 3), torch.full((2, 12), 5.0)
-    _, background = box_head_loss(logits, deltas, torch.tensor([0, 0]), torch.zeros(2, 4), BETA)
-    _, foreground = box_head_loss(logits, deltas, torch.tensor([0, 1]), torch.zeros(2, 4), BETA)
-    assert background == 0
-    assert foreground == pytest.approx(4 * (5 - 0.5 / 9) / 2)
+def test_samples_of_an_image_do_not_depend_on_the_rest_of_the_batch(tiny_config: MaskRCNNConfig) -> None:
+    model = build_model(tiny_config, seed=0).train()
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.eval()  # its statistics do depend on the batch
+    torch.manual_seed(0)
+    images = torch.randn(2, 3, 64, 64)
+    targets = [instances([[8.0, 8, 40, 40]], [3]), instances([[20.0, 4, 50, 30], [1.0, 1, 20, 60]], [1, 2])]
+    seeds = [11, 12]
+
+    def sums_of(*chosen: int) -> dict[str, float]:
+        generators = [torch.Generator().manual_seed(seeds[i]) for i in chosen]
+        with torch.no_grad():
+            sums = model.loss_sums(
+                images[list(chosen)], [(64, 64)] * len(chosen), [targets[i] for i in chosen], generators
+            )
+        return {name: float(total) for name, total in sums.sums.items()}
+
+    alone = [sums_of(0), sums_of(1)]
+    for name, together in sums_of(1, 0).items():
+        assert together == pytest.approx(alone[0][name] + alone[1][name], rel=1e-4)
 
 
 def test_boxes_are_pooled_from_the_level_that_fits_their_size() -> None:
     sides = torch.tensor([1.0, 111.0, 112.0, 224.0, 448.0, 5000.0])
     boxes = torch.stack((torch.zeros(6), torch.zeros(6), sides, sides), dim=1)
     assert pyramid_level(boxes).tolist() == [0, 0, 1, 2, 3, 3]
-
-
-def test_a_mask_target_is_the_mask_inside_its_box() -> None:
-    masks = torch.zeros(2, 32, 32, dtype=torch.uint8)
-    masks[1, 8:24, 8:16] = 1  # the left half of the box below
-    box = torch.tensor([[8.0, 8.0, 24.0, 24.0]])
-    target = align_masks(masks, torch.tensor([1]), box, 4, aligned=False)
-    assert torch.equal(target, project_masks_on_boxes(masks, box, torch.tensor([1]), 4))
-    # The last row reaches half a pixel below the mask: RoIAlign as torchvision trains with it, not aligned.
-    assert target[0, :, 0].tolist() == [1, 1, 1, 0.875]
-    assert target[0, :, 3].tolist() == [0, 0, 0, 0]
-
-
-def test_an_aligned_mask_target_ends_where_the_mask_does() -> None:
-    masks = torch.zeros(1, 32, 32, dtype=torch.uint8)
-    masks[0, 8:24, 8:16] = 1
-    box = torch.tensor([[8.0, 8.0, 24.0, 24.0]])
-    target = align_masks(masks, torch.tensor([0]), box, 4, aligned=True)
-    assert target[0, :, 0].tolist() == [1, 1, 1, 1]
-    assert target[0, :, 3].tolist() == [0, 0, 0, 0]

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from schemas.errors import UsageError
 from schemas.labels import ErrorKind
-from schemas.specs import InferSpec, PoolSpec, json_schema, load_spec, parse_spec
+from schemas.spec_loader import json_schema, load_spec, parse_spec
+from schemas.specs import InferSpec, PoolSpec
 
 URIS = {"source.uri": "photos/", "model.uri": "demo", "lake.uri": "lake/"}
 

@@ -44,7 +44,7 @@ def align(
 
 
 @compiled
-def _axis(
+def sample_axis(
     start: np.float32,
     bin_size: np.float32,
     bin_index: int,
@@ -67,12 +67,18 @@ def _axis(
 
 
 @compiled
-def _grid(size: np.float32, side: int, sampling_ratio: int) -> int:
-    """Samples a bin on one axis."""
+def bins_of(
+    start: np.float32, end: np.float32, at_least_one_px: bool, side: int, sampling_ratio: int
+) -> tuple[np.float32, int]:
+    """On one axis, the size of a RoI's bins and the samples in each."""
+    size = end - start
+    if at_least_one_px:
+        size = max(size, np.float32(1))
+    bin_size = size / np.float32(side)
     if sampling_ratio > 0:
-        return sampling_ratio
-    per_bin = np.ceil(size / np.float32(side))
-    return int(per_bin) if per_bin >= 1 else 0  # also 0 for NaN
+        return bin_size, sampling_ratio
+    per_bin = np.ceil(bin_size)
+    return bin_size, int(per_bin) if per_bin >= 1 else 0  # also 0 for NaN
 
 
 @compiled
@@ -94,19 +100,17 @@ def _align(
     for r in chosen[start:stop]:
         image = int(rois[r, 0])
         x0, y0 = rois[r, 1] * scale - offset, rois[r, 2] * scale - offset
-        width, height = rois[r, 3] * scale - offset - x0, rois[r, 4] * scale - offset - y0
-        if at_least_one_px:
-            width, height = max(width, np.float32(1)), max(height, np.float32(1))
-        bin_w, bin_h = width / np.float32(side), height / np.float32(side)
-        grid_w, grid_h = _grid(width, side, sampling_ratio), _grid(height, side, sampling_ratio)
+        x1, y1 = rois[r, 3] * scale - offset, rois[r, 4] * scale - offset
+        bin_w, grid_w = bins_of(x0, x1, at_least_one_px, side, sampling_ratio)
+        bin_h, grid_h = bins_of(y0, y1, at_least_one_px, side, sampling_ratio)
         num_samples = np.float32(max(grid_w * grid_h, 1))
         for i in range(side):
             for j in range(side):
                 total[:] = 0
                 for sy in range(grid_h):
-                    low_y, high_y, wy0, wy1 = _axis(y0, bin_h, i, sy, grid_h, pixels.shape[1])
+                    low_y, high_y, wy0, wy1 = sample_axis(y0, bin_h, i, sy, grid_h, pixels.shape[1])
                     for sx in range(grid_w):
-                        low_x, high_x, wx0, wx1 = _axis(x0, bin_w, j, sx, grid_w, pixels.shape[2])
+                        low_x, high_x, wx0, wx1 = sample_axis(x0, bin_w, j, sx, grid_w, pixels.shape[2])
                         a, b = pixels[image, low_y, low_x], pixels[image, low_y, high_x]
                         c, d = pixels[image, high_y, low_x], pixels[image, high_y, high_x]
                         wa, wb, wc, wd = wy0 * wx0, wy0 * wx1, wy1 * wx0, wy1 * wx1

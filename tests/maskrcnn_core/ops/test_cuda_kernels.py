@@ -18,10 +18,11 @@ from torch import Tensor
 
 from maskrcnn_core.config import MaskRCNNConfig
 from maskrcnn_core.model import MaskRCNN
-from maskrcnn_core.ops import nms, resize_normalize, roi_align
+from maskrcnn_core.ops import crop_align, nms, resize_normalize, roi_align
 
 triton = pytest.importorskip("triton", reason="Triton comes with torch on Linux only")
 
+from maskrcnn_core.ops.cuda import crop_align as cuda_crop_align  # noqa: E402
 from maskrcnn_core.ops.cuda import nms as cuda_nms  # noqa: E402
 from maskrcnn_core.ops.cuda import resize as cuda_resize  # noqa: E402
 from maskrcnn_core.ops.cuda import roi_align as cuda_roi_align  # noqa: E402
@@ -198,6 +199,38 @@ def test_kernels_align_no_rois() -> None:
     assert pooled.shape == (0, 24, 7, 7)
 
 
+def some_crops(number: int, side: int, aligned: bool) -> tuple[Any, ...]:
+    """Arguments of crop_align: crops of an image of 60×90, one of them empty, and RoIs as above."""
+    corners = torch.tensor([[0, 0], [20, 30], [7, 0], [31, 47]])
+    sizes = torch.tensor([[25, 40], [40, 60], [0, 0], [9, 1]])
+    generator = torch.Generator().manual_seed(number)
+    pixels = torch.randint(0, 2, (int(sizes.prod(1).sum()),), generator=generator).to(torch.uint8)
+    index = torch.randint(0, 4, (number,), generator=generator)
+    boxes = torch.rand(number, 4, generator=generator) * torch.tensor([90.0, 60, 45, 30]) - 10
+    boxes[:, 2:] += boxes[:, :2] + 10
+    boxes[:3] = torch.tensor([[0.0, 0, 90, 60], [30, 20, 30.4, 20.2], [60, 40, 91, 61]])
+    boxes[3, 0] = float("nan")
+    index[:4] = 1
+    return pixels, corners, sizes, index, boxes, 60, 90, side, aligned
+
+
+@runs_kernels
+@pytest.mark.parametrize("aligned", [False, True])
+def test_kernels_align_crops_as_the_cpu_does(aligned: bool) -> None:
+    arguments = some_crops(8, 5, aligned) if INTERPRETED else some_crops(MANY, 28, aligned)
+    targets, expected = on_gpu(crop_align, cuda_crop_align.align, *arguments), crop_align(*arguments)
+    torch.testing.assert_close(targets, expected, rtol=0, atol=1e-6)
+    assert expected.any()
+
+
+@runs_kernels
+def test_kernels_align_no_crops() -> None:
+    assert on_gpu(crop_align, cuda_crop_align.align, *some_crops(4, 0, True)).shape == (4, 0, 0)
+    pixels, corners, sizes, index, boxes, *rest = some_crops(4, 3, True)
+    empty = (pixels[:0], corners[:0], sizes[:0], index[:0], boxes[:0], *rest)
+    assert on_gpu(crop_align, cuda_crop_align.align, *empty).shape == (0, 3, 3)
+
+
 def photographs(*sizes: tuple[int, int, int, int]) -> tuple[Tensor, Tensor]:
     """Pixels and geometry of images of h, w, and of height and width after resizing."""
     generator = torch.Generator().manual_seed(0)
@@ -290,7 +323,12 @@ class _Device:
 def compiled(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Any]:
     """Fills with what a launch compiles, for an A100 and an H100 or H200."""
     kernels: list[Any] = []
-    modules = ((cuda_nms, ("_compare", "_scan")), (cuda_roi_align, ("_align",)), (cuda_resize, ("_resize",)))
+    modules = (
+        (cuda_nms, ("_compare", "_scan")),
+        (cuda_roi_align, ("_align",)),
+        (cuda_crop_align, ("_align",)),
+        (cuda_resize, ("_resize",)),
+    )
     for module, names in modules:
         for name in names:
             monkeypatch.setattr(module, name, _Compiler(getattr(module, name), kernels))
@@ -321,6 +359,13 @@ def test_roi_align_compiles_to_wide_loads(compiled: list[Any], tmp_path: Path, d
     for kernel in compiled:
         # Loads of 16 bytes: four corners of every sample, at least.
         assert len(re.findall(r"ld\.global\.v4\.b32", kernel.asm["ptx"])) >= 4
+
+
+@compiles
+def test_crop_align_compiles_without_spilling_registers(compiled: list[Any], tmp_path: Path) -> None:
+    for aligned in (False, True):
+        cuda_crop_align.align(*some_crops(5, 28, aligned))
+    check_machine_code(compiled, 2, tmp_path)
 
 
 @compiles

@@ -1,5 +1,7 @@
 """RoIAlign: Mask R-CNN's answer to RoIPool's rounding, over all levels at once."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torchvision.ops import RoIPool
@@ -71,20 +73,42 @@ def test_no_roi_gives_no_feature() -> None:
     assert found.shape == (0, 8, 7, 7)
 
 
-def test_its_gradient_is_torchvisions() -> None:
+def gradients_of(align: Callable[[list[torch.Tensor]], torch.Tensor], channels: int) -> list[torch.Tensor]:
+    features = [f.requires_grad_() for f in pyramid(channels=channels)]
+    align(features).square().sum().backward()
+    found = [f.grad for f in features if f.grad is not None]
+    assert len(found) == len(features)
+    return found
+
+
+@pytest.mark.parametrize("aligned", [False, True])
+@pytest.mark.parametrize("ratio", [2, 0])
+def test_its_gradient_is_torchvisions(ratio: int, aligned: bool) -> None:
+    """Also with more channels than one piece of work has, and a level without RoIs."""
     rois, levels = some_rois(40)
-    gradients = []
-    for align in (
-        lambda f: roi_align(f, rois, levels, STRIDES, 7, 2, True),
-        lambda f: level_by_level(f, rois, levels, 2, True),
-    ):
-        features = [f.requires_grad_() for f in pyramid()]
-        align(features).square().sum().backward()
-        gradients.append([f.grad for f in features])
-    for found, expected in zip(*gradients, strict=True):
-        assert found is not None
-        assert expected is not None
-        assert torch.allclose(found, expected, atol=1e-3)
+    levels[levels == 3] = 0
+    found = gradients_of(lambda f: roi_align(f, rois, levels, STRIDES, 7, ratio, aligned), 70)
+    expected = gradients_of(lambda f: level_by_level(f, rois, levels, ratio, aligned), 70)
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-4)
+    assert not found[3].any()
+
+
+def test_its_gradient_does_not_depend_on_the_number_of_threads() -> None:
+    rois, levels = some_rois(40)
+
+    def gradients(threads: int) -> list[torch.Tensor]:
+        torch.set_num_threads(threads)
+        return gradients_of(lambda f: roi_align(f, rois, levels, STRIDES, 7, 2, False).tanh(), 70)
+
+    for one, two in zip(gradients(1), gradients(2), strict=True):
+        assert torch.equal(one, two)
+
+
+def test_no_roi_has_no_gradient() -> None:
+    none = torch.zeros(0, dtype=torch.int64)
+    found = gradients_of(lambda f: roi_align(f, torch.zeros(0, 5), none, STRIDES, 7, 2, False), 8)
+    assert not any(gradient.any() for gradient in found)
 
 
 def test_its_gradient_in_bfloat16_is_the_float32_one_rounded() -> None:

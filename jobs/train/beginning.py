@@ -1,0 +1,68 @@
+"""The beginning of a run: its data sets, its first weights as checkpoint of step 0, its record.
+
+Enters: a spec, an empty <out>. Leaves: all that workers need to go on from the newest checkpoint.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import yaml
+
+from jobs.lake.storage import Storage
+from jobs.train.checkpoints import Checkpoints
+from jobs.train.data_files import find_categories, make_data_file
+from jobs.train.optimizer import AveragedWeights, make_optimizer
+from jobs.train.recipe import Recipe
+from jobs.train.run_record import RunRecord, new_run_id, spec_hash, write_record
+from jobs.train.start import start_model
+from jobs.train.state import Progress, snapshot
+from schemas.train_spec import TrainSpec
+
+
+def begin(
+    spec: TrainSpec, recipe: Recipe, out_uri: str, storage: Storage, note: Callable[[str], None]
+) -> RunRecord:
+    """Make data and first weights, and last the record, which says that they are whole.
+
+    Args:
+        note: told what goes on, for people.
+
+    Raises:
+        UsageError: data or model cannot be trained on.
+        StorageError: they cannot be reached.
+    """
+    categories = find_categories(spec.data, spec.model, storage)
+    start = start_model(spec.model, categories, spec.recipe.seed, storage)
+    categories = start.model.config.categories
+    for name in (*spec.data, *(["evaluate"] if spec.evaluate.data else [])):
+        note(f"preparing the data set {name} …")
+    sets = tuple(
+        make_data_file(name, data, categories, storage, out_uri, strict=spec.strict)
+        for name, data in spec.data.items()
+    )
+    evaluation = None
+    if spec.evaluate.data is not None:
+        evaluation = make_data_file(
+            "evaluation", spec.evaluate.data, categories, storage, out_uri, strict=spec.strict
+        )
+    for file in (*sets, *([evaluation] if evaluation else [])):
+        left_out = ", ".join(f"{count:,} {kind}" for kind, count in file.problems.items())
+        left_out = f"; left out: {left_out}" if left_out else ""
+        note(f"{file.name}: {file.num_images:,} images{left_out}")
+    record = RunRecord(
+        new_run_id(),
+        spec_hash(spec),
+        start.name,
+        start.model.config.to_dict(),
+        start.origin,
+        sets,
+        evaluation,
+    )
+    average = AveragedWeights(start.model, recipe.ema_decay) if recipe.ema_decay else None
+    first = snapshot(start.model, average, make_optimizer(start.model, recipe))
+    Checkpoints(storage, out_uri, spec.checkpoint.keep).save(first, Progress())
+    plain = yaml.safe_dump(spec.model_dump(mode="json"), sort_keys=False)
+    storage.write_bytes(f"{out_uri}/spec.yaml", plain.encode())
+    write_record(out_uri, record, storage)
+    return record

@@ -1,0 +1,157 @@
+"""The data of a run: sets made once, kept beside the run, and fetched by every worker's machine.
+
+Enters: data sections of a spec. Leaves: <out>/data/<name>.arrow, the categories, and what each set holds. The
+version of a label table is pinned when its set is made, so a run that is taken up again sees the same rows.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from jobs.lake.labels_table import LabelsTable
+from jobs.lake.models import read_checkpoint_bytes
+from jobs.lake.storage import Storage
+from jobs.train.coco_json import CocoJson, read_categories
+from jobs.train.label_rows import LabelRows
+from jobs.train.records import Records
+from jobs.train.training_set import TrainingSet, build
+from maskrcnn_core.checkpoint import CheckpointError, parse_checkpoint
+from maskrcnn_core.config import PRESETS
+from schemas.errors import UsageError
+from schemas.specs import SourceSpec
+from schemas.train_spec import DataSpec, TrainModelSpec
+
+Categories = tuple[tuple[int, str], ...]
+
+
+@dataclass(frozen=True)
+class DataFile:
+    """One set, as it lies in storage.
+
+    fingerprint: of names, sizes and annotations; problems: what was left out of it, by kind; description:
+    what it was made of, with the label table's version.
+    """
+
+    name: str
+    uri: str
+    fingerprint: str
+    num_images: int
+    weight: float = 1.0
+    problems: Mapping[str, int] = field(default_factory=dict)
+    description: Mapping[str, Any] = field(default_factory=dict)
+
+
+def find_categories(data: Mapping[str, DataSpec], model: TrainModelSpec, storage: Storage) -> Categories:
+    """(category_id, name) that the model is to know: those of all instances JSONs, or the model's own.
+
+    A label table has ids only; trained on that alone, a checkpoint keeps its categories.
+
+    Raises:
+        UsageError: two data sets give one id two names, or only a label table is there and the model is a
+            preset, which has no categories.
+    """
+    found: dict[int, tuple[str, str]] = {}
+    for name, spec in data.items():
+        if not spec.uri.startswith("coco:"):
+            continue
+        for category_id, category in read_categories(spec.uri.removeprefix("coco:"), storage):
+            known = found.setdefault(category_id, (category, name))
+            if known[0] != category:
+                raise UsageError(
+                    f"category {category_id} is {known[0]!r} in data.{known[1]} and {category!r} in "
+                    f"data.{name}; renumber one of them"
+                )
+    if found:
+        return tuple((category_id, found[category_id][0]) for category_id in sorted(found))
+    if model.uri in PRESETS:
+        raise UsageError(
+            f"model.uri {model.uri} is a preset, and a label table does not say what its categories are "
+            "called; give the checkpoint that made the labels, or a coco: data set beside it"
+        )
+    content, where = read_checkpoint_bytes(model.uri, storage)
+    try:
+        return parse_checkpoint(content, where).config.categories
+    except CheckpointError as error:
+        raise UsageError(f"model.uri: {error}") from error
+
+
+def make_data_file(
+    name: str, spec: DataSpec, categories: Categories, storage: Storage, out_uri: str, *, strict: bool
+) -> DataFile:
+    """Build a set and put it beside the run.
+
+    Raises:
+        UsageError: there is nothing to learn from, or, if strict, something is wrong with it.
+        StorageError: annotations or images cannot be reached.
+    """
+    with tempfile.TemporaryDirectory(prefix="masklake-data-") as folder:
+        path = Path(folder) / f"{name}.arrow"
+        made = build(path, _records(spec, storage), categories, storage, strict=strict)
+        uri = f"{out_uri}/data/{name}.arrow"
+        storage.write_bytes(uri, path.read_bytes())
+        return DataFile(
+            name, uri, made.fingerprint, len(made), spec.weight, made.problems, dict(made.description)
+        )
+
+
+def fetch_data_file(file: DataFile, folder: Path, storage: Storage) -> TrainingSet:
+    """The set, from this machine's folder, where the first of its workers put it.
+
+    Raises:
+        UsageError: it is not the set that the run was started with.
+        StorageError: it cannot be fetched.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    # Two sets with one fingerprint may have their images in other places.
+    place = hashlib.blake2b(file.uri.encode(), digest_size=8).hexdigest()
+    path = folder / f"{place}-{file.fingerprint}.arrow"
+    if not path.exists():
+        # Several workers may fetch at once; each gives the name to a whole file.
+        with (
+            tempfile.NamedTemporaryFile(dir=folder) as local,
+            storage.open_verified(storage.stat(file.uri)) as stream,
+        ):
+            shutil.copyfileobj(stream, local)
+            local.flush()
+            found = TrainingSet(Path(local.name)).fingerprint
+            if found != file.fingerprint:
+                raise UsageError(
+                    f"{file.uri} is another set than this run was started with ({found}, wanted "
+                    f"{file.fingerprint}); choose another --out"
+                )
+            with suppress(FileExistsError):
+                os.link(local.name, path)
+    return TrainingSet(path)
+
+
+def _records(spec: DataSpec, storage: Storage) -> Records:
+    kind, _, uri = spec.uri.partition(":")
+    images = None if spec.images is None else SourceSpec(uri=spec.images)
+    if kind == "coco":
+        assert images is not None  # DataSpec sees to it
+        return CocoJson(uri, images, storage)
+    lake, version = split_version(uri)
+    return LabelRows(
+        lake,
+        storage,
+        version=version,
+        model_id=spec.model_id or LabelsTable.open(lake, storage, version).choose_model(None),
+        min_score=spec.min_score,
+        ignore_below=spec.min_score if spec.ignore_below is None else spec.ignore_below,
+        images=() if images is None else (images,),
+    )
+
+
+def split_version(uri: str) -> tuple[str, int | None]:
+    """`s3://bucket/lake@42` -> the lake and 42; without a number the newest, None."""
+    match = re.fullmatch(r"(.+)@(\d{1,18})", uri)
+    return (match[1], int(match[2])) if match else (uri, None)

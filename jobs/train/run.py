@@ -1,0 +1,330 @@
+"""`masklake train`: train a Mask R-CNN on a Ray cluster.
+
+    prepare (data, first weights) -> workers, from the newest checkpoint to the last step -> model, report
+
+The folder <out> is the run: the same command takes it up where its newest checkpoint is. The driver holds its
+lease, so two of them never train into one folder.
+"""
+
+from __future__ import annotations
+
+import json
+import socket
+import tempfile
+import time
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import ray.train
+from ray.train.torch import TorchConfig, TorchTrainer, get_device
+from ray.train.v2.api.config import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
+
+from cluster.session import connect, shutdown
+from cluster.train_profiles import TrainPlan, train_plan
+from jobs.lake.lease import Lease
+from jobs.lake.models import read_checkpoint_bytes
+from jobs.lake.registry import ModelRegistry
+from jobs.lake.storage import MissingObjectError, Storage
+from jobs.train.beginning import begin
+from jobs.train.data_files import DataFile, fetch_data_file, split_version
+from jobs.train.image_locations import ImageReader
+from jobs.train.mailbox import Mailbox, Sender
+from jobs.train.metrics import EvalMetrics, StepMetrics
+from jobs.train.metrics_log import MetricsLog, read_history
+from jobs.train.recipe import Recipe, make_recipe
+from jobs.train.report import DataFacts, RunFacts, write_report
+from jobs.train.run_record import RunRecord, new_run_id, read_record
+from jobs.train.samples import take_samples
+from jobs.train.state import TrainingStateError
+from jobs.train.trackers import open_trackers
+from jobs.train.watcher import TrainWatcher, WatcherGroup
+from jobs.train.worker import VERSIONED, DivergedError, WorkerJob, train
+from jobs.train.workers import Workers
+from maskrcnn_core.checkpoint import parse_checkpoint
+from schemas.errors import MasklakeError, UsageError
+from schemas.train_spec import TrainSpec
+
+LEASE_TTL_S = 120.0
+# A worker that waits for one that died is told by its process group; this is for one that hangs.
+_COLLECTIVE_TIMEOUT_S = 1800
+
+
+class TrainingFailedError(MasklakeError):
+    """Training ended before its last step; checkpoints stay, the same command goes on from the newest."""
+
+
+@dataclass
+class TrainSummary:
+    """What a run came to; <out>/summary.json. seconds: of this start of it; ap: mask AP of the best model."""
+
+    run_id: str
+    out: str
+    model: str
+    status: str = "running"  # done | failed | interrupted
+    steps: int = 0
+    first_step: int = 0
+    seconds: float = 0.0
+    ap: float | None = None
+    evaluation: dict[str, Any] | None = None
+    data: list[dict[str, Any]] = field(default_factory=list)
+    registered: str | None = None
+    workers: int = 0
+    hardware: str = ""
+    error: str | None = None
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+
+def run_train(spec: TrainSpec, watcher: TrainWatcher, log_every_s: float = 1.0) -> TrainSummary:
+    """Train, or go on.
+
+    Raises:
+        UsageError: spec, data or model cannot work.
+        LeaseHeldError: another driver trains into this folder.
+        MasklakeError: the run ended early; its class says how.
+    """
+    started = time.monotonic()
+    storage = Storage(spec.storage)
+    out_uri = storage.normalize(spec.out.uri)
+    recipe = make_recipe(spec.recipe)
+    _check_batch(spec, recipe)
+    storage.check_reachable(out_uri, "out.uri")
+    storage.probe_conditional_put(out_uri)
+    with Lease.acquire(storage, out_uri, "train", f"train on {socket.gethostname()}", LEASE_TTL_S):
+        record = read_record(out_uri, spec, storage)
+        if record is not None and (done := _read_summary(out_uri, storage)).status == "done":
+            watcher.note(f"nothing to do: run {record.run_id} is done.")
+            return done
+        record = record or begin(spec, recipe, out_uri, storage, watcher.note)
+        summary = TrainSummary(record.run_id, out_uri, f"{out_uri}/model.safetensors")
+        summary.data = [asdict(file) for file in record.sets]
+        driver = _Driver(spec, recipe, record, out_uri, storage, watcher, summary, log_every_s, started)
+        try:
+            driver.work()
+            summary.status = "done"
+        except BaseException as error:
+            summary.status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
+            summary.error = str(error) or type(error).__name__
+            raise
+        finally:
+            summary.seconds = time.monotonic() - started
+            storage.write_bytes(f"{out_uri}/summary.json", json.dumps(asdict(summary), indent=1).encode())
+    return summary
+
+
+def _read_summary(out_uri: str, storage: Storage) -> TrainSummary:
+    """Of the last start of a run; one that was killed has left none, or an older one."""
+    try:
+        info = storage.stat(f"{out_uri}/summary.json")
+        return TrainSummary(**json.loads(storage.read_bytes(info)))
+    except MissingObjectError:
+        return TrainSummary("", out_uri, "")
+
+
+def _check_batch(spec: TrainSpec, recipe: Recipe) -> None:
+    _, most = spec.worker_range
+    images = recipe.total_batch // recipe.accumulate
+    if images < most:
+        raise UsageError(
+            f"a pass has {images} images and scaling.num_workers is up to {most}; each worker needs one: "
+            "raise recipe.total_batch, or lower recipe.accumulate or the workers"
+        )
+
+
+@dataclass
+class _Driver:
+    """The driver's side of one start of a run."""
+
+    spec: TrainSpec
+    recipe: Recipe
+    record: RunRecord
+    out_uri: str
+    storage: Storage
+    watcher: TrainWatcher
+    summary: TrainSummary
+    log_every_s: float
+    started: float
+
+    def work(self) -> None:
+        settings = self._settings()
+        trackers = open_trackers(self.spec.trackers, self.out_uri, self.record.run_id, settings, self.storage)
+        outcome = _Outcome(self.summary)
+        group = WatcherGroup(self.watcher, [outcome, MetricsLog(self.out_uri, self.storage), *trackers])
+        cluster = connect()
+        try:
+            plan = train_plan(cluster, self.spec)
+            self.summary.workers = plan.max_workers
+            self.summary.hardware = (
+                f"{cluster.num_nodes} nodes, {cluster.num_cpus:g} CPUs, {cluster.num_gpus:g} GPUs"
+            )
+            mailbox = Mailbox()
+            try:
+                with mailbox.delivering_to(group):
+                    self._fit(plan, mailbox.sender())
+            finally:
+                mailbox.close()
+        except KeyboardInterrupt:
+            group.ended("interrupted")
+            raise TrainingFailedError(
+                f"stopped at step {self.summary.steps}; run the same command again to go on."
+            ) from None
+        except BaseException:
+            group.ended("failed")
+            raise
+        finally:
+            shutdown()
+        if outcome.failure is not None:
+            raise TrainingFailedError(f"{outcome.failure}. What was saved before stays in {self.out_uri}.")
+        self._close()
+
+    def _fit(self, plan: TrainPlan, sender: Sender) -> None:
+        workers: int | tuple[int, int] = plan.max_workers
+        if plan.min_workers < plan.max_workers:
+            workers = plan.min_workers, plan.max_workers
+        with tempfile.TemporaryDirectory(prefix="masklake-train-") as folder:
+            job = WorkerJob(
+                self.record,
+                self.recipe,
+                self.spec,
+                self.out_uri,
+                self.storage,
+                _data_folder(),
+                plan.torch_threads,
+                plan.loader_threads,
+                self.log_every_s,
+            )
+            trainer = TorchTrainer(
+                _train_on_ray,
+                train_loop_config={"job": job, "sender": sender},
+                torch_config=TorchConfig(timeout_s=_COLLECTIVE_TIMEOUT_S),
+                scaling_config=ScalingConfig(
+                    num_workers=workers,
+                    use_gpu=plan.use_gpu,
+                    resources_per_worker={"CPU": plan.cpus_per_worker} | ({"GPU": 1} if plan.use_gpu else {}),
+                ),
+                run_config=RunConfig(  # type: ignore[arg-type]  # its types say the class of before
+                    # Ray answers a name that it has seen with the old result. Checkpoints are our own, so
+                    # nothing of Ray's has to outlive this call.
+                    name=new_run_id(),
+                    storage_path=folder,
+                    failure_config=FailureConfig(max_failures=self.spec.scaling.max_failures),
+                    logging_config=LoggingConfig(log_level="ERROR"),
+                ),
+            )
+            try:
+                trainer.fit()
+            except ray.train.TrainingFailedError as error:
+                raise TrainingFailedError(
+                    f"the workers failed {self.spec.scaling.max_failures + 1} times, the last time with: "
+                    f"{_last_line(error)}. Run the same command again to go on from the newest checkpoint."
+                ) from error
+
+    def _close(self) -> None:
+        """Registration and report, once training is done."""
+        history = read_history(self.out_uri, self.storage)
+        if history.evaluations:
+            best = max(history.evaluations, key=lambda metrics: metrics.segm["AP"])
+            self.summary.ap = best.segm["AP"]
+            self.summary.evaluation = {"bbox": dict(best.bbox), "segm": dict(best.segm), "step": best.step}
+        checkpoint = parse_checkpoint(*read_checkpoint_bytes(self.summary.model, self.storage))
+        if self.spec.register_as.name is not None:
+            content, _ = read_checkpoint_bytes(self.summary.model, self.storage)
+            facts = {"run_id": self.record.run_id, "evaluation": self.summary.evaluation}
+            made = ModelRegistry(self._registry_lake(), self.storage).register(
+                self.spec.register_as.name, content, checkpoint.fingerprint, facts
+            )
+            self.summary.registered = str(made)
+        files = [*self.record.sets, *([self.record.evaluation] if self.record.evaluation else [])]
+        data = [
+            DataFacts(file.name, _described(file), file.fingerprint, file.num_images, file.problems)
+            for file in files
+        ]
+        settings = self._settings() | {
+            "hardware": f"{self.summary.workers} workers on {self.summary.hardware}",
+            "seconds": f"{time.monotonic() - self.started:,.0f} since the last start",
+            **{package: version(package) for package in VERSIONED},
+        }
+        samples = []
+        if self.record.evaluation is not None:
+            data_set = fetch_data_file(self.record.evaluation, _data_folder(), self.storage)
+            samples = take_samples(checkpoint.build(), data_set, ImageReader(self.storage).read)
+        facts_of_run = RunFacts(self.record.run_id, "done", settings, data)
+        write_report(self.out_uri, self.storage, facts_of_run, history, samples, checkpoint.config)
+
+    def _settings(self) -> dict[str, str]:
+        """What was asked for, as people and trackers are shown it."""
+        recipe = {f"recipe.{key}": str(value) for key, value in asdict(self.recipe).items()}
+        return {"model": self.spec.model.uri, "out": self.out_uri, **recipe}
+
+    def _registry_lake(self) -> str:
+        if self.spec.register_as.lake is not None:
+            return self.spec.register_as.lake
+        lakes = [
+            split_version(data.uri.removeprefix("lake:"))[0]
+            for data in self.spec.data.values()
+            if data.uri.startswith("lake:")
+        ]
+        if len(set(lakes)) != 1:
+            raise UsageError("register_as.lake is not set, and the data are not of one lake: name the lake")
+        return lakes[0]
+
+
+class _Outcome:
+    """Watches for the end of a run. failure: why it cannot go on, None where it is done."""
+
+    def __init__(self, summary: TrainSummary) -> None:
+        self._summary = summary
+        self.failure: str | None = None
+
+    def started(self, total_steps: int, first_step: int, description: str) -> None:
+        self._summary.first_step = self._summary.steps = first_step
+
+    def step(self, metrics: StepMetrics) -> None:
+        self._summary.steps = metrics.step
+
+    def evaluated(self, metrics: EvalMetrics) -> None:
+        """In the metrics log."""
+
+    def note(self, text: str) -> None:
+        """Shown by others."""
+
+    def ended(self, status: str) -> None:
+        if status not in ("done", "failed", "interrupted"):
+            self.failure = status
+
+
+def _train_on_ray(config: dict[str, Any]) -> None:
+    """What Ray Train runs in each worker.
+
+    An error that would come again is told to the driver instead of raised: Ray would start anew for it.
+    """
+    sender: Sender = config["sender"]
+    workers = Workers.joined(get_device())
+    status = "done"
+    try:
+        train(config["job"], workers, sender)
+    except (DivergedError, TrainingStateError, UsageError) as error:
+        status = str(error)
+    finally:
+        sender.flush()
+    if workers.rank == 0:
+        sender.ended(status)
+        sender.flush()
+
+
+def _data_folder() -> Path:
+    """Where a machine keeps the sets that it fetched, by fingerprint."""
+    return Path(tempfile.gettempdir()) / "masklake-training-sets"
+
+
+def _described(file: DataFile) -> str:
+    """A set's origin in a few words: `coco s3://…`, `lake s3://…, version 42`."""
+    return ", ".join(f"{key} {value}" for key, value in file.description.items())
+
+
+def _last_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__

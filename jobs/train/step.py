@@ -1,0 +1,116 @@
+"""One step of training: batches in, changed weights and the loss terms out.
+
+The loss of a step is that of its whole batch, however many workers share it: the terms' sums are divided by
+the counts of all workers, so that W workers compute the gradients of one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from jobs.train.batches import TrainingBatch
+from jobs.train.optimizer import AveragedWeights
+from jobs.train.recipe import Recipe
+from jobs.train.workers import Workers
+from maskrcnn_core.losses import LossSums
+from maskrcnn_core.model import MaskRCNN
+
+
+class Stepper:
+    """Takes steps on a model, in place.
+
+    Args:
+        model: on the workers' device, in training mode.
+        average: follows the model; None where the recipe has no average.
+    """
+
+    def __init__(
+        self,
+        model: MaskRCNN,
+        average: AveragedWeights | None,
+        optimizer: torch.optim.Optimizer,
+        recipe: Recipe,
+        workers: Workers,
+        seed: int,
+    ) -> None:
+        self._model = model
+        self._average = average
+        self._optimizer = optimizer
+        self._recipe = recipe
+        self._workers = workers
+        self._seed = seed
+        self._parameters = [p for p in model.parameters() if p.requires_grad]
+        self._losses: nn.Module = _Losses(model)
+        if workers.size > 1:
+            has_statistics = any(isinstance(m, nn.BatchNorm2d) for m in model.modules())
+            self._losses = DistributedDataParallel(
+                self._losses, broadcast_buffers=has_statistics, gradient_as_bucket_view=True
+            )
+
+    def step(self, passes: Sequence[TrainingBatch], step: int) -> tuple[dict[str, Tensor], Tensor]:
+        """One step, over this worker's share of the batch.
+
+        Args:
+            passes: as many as the recipe's `accumulate`; at least one image in each.
+            step: counted from 0.
+
+        Returns:
+            the loss terms over all workers, and the norm of the gradients before clipping: scalars on the
+            device, not waited for.
+        """
+        rate = self._recipe.rate_at(step)
+        for group in self._optimizer.param_groups:
+            group["lr"] = rate
+        self._optimizer.zero_grad()
+        terms: dict[str, Tensor] = {}
+        for number, batch in enumerate(passes, start=1):
+            for name, term in self._backward(batch, is_last=number == len(passes)).items():
+                terms[name] = terms.get(name, 0) + term / len(passes)
+        limit = self._recipe.clip_norm or float("inf")
+        norm = torch.nn.utils.clip_grad_norm_(self._parameters, limit)
+        self._optimizer.step()
+        if self._average is not None:
+            self._average.update(self._model, step + 1)
+        return terms, norm
+
+    def _backward(self, batch: TrainingBatch, is_last: bool) -> dict[str, Tensor]:
+        """Add the gradients of a pass; gives its loss terms over all workers."""
+        device = self._workers.device
+        images = batch.images.to(device, non_blocking=True).contiguous(memory_format=torch.channels_last)
+        targets = [target.to(device) for target in batch.targets]
+        generators = [self._generator(int(position)) for position in batch.positions]
+        if isinstance(self._losses, DistributedDataParallel):
+            self._losses.require_backward_grad_sync = is_last
+        with torch.autocast(device.type, torch.bfloat16, enabled=self._recipe.precision == "bf16"):
+            found: LossSums = self._losses(images, batch.image_sizes, targets, generators)
+        everywhere = self._workers.sum(
+            {f"sum {name}": value for name, value in found.sums.items()}
+            | {f"count {name}": value for name, value in found.counts.items()}
+        )
+        counts = {name: everywhere[f"count {name}"].clamp(min=1) for name in found.counts}
+        # DistributedDataParallel divides by the number of workers.
+        share = self._workers.size / self._recipe.accumulate
+        loss = torch.stack([found.sums[name] / counts[name] for name in counts]).sum() * share
+        loss.backward()
+        return {name: everywhere[f"sum {name}"] / counts[name] for name in counts}
+
+    def _generator(self, position: int) -> torch.Generator:
+        """For the samples of one image of one step."""
+        digest = hashlib.blake2b(f"samples {self._seed} {position}".encode(), digest_size=7).digest()
+        return torch.Generator(self._workers.device).manual_seed(int.from_bytes(digest, "big"))
+
+
+class _Losses(nn.Module):
+    """`loss_sums` as forward, which is what DistributedDataParallel looks after."""
+
+    def __init__(self, model: MaskRCNN) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, *args: object) -> LossSums:
+        return self.model.loss_sums(*args)  # type: ignore[arg-type]  # as Stepper calls it

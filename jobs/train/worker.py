@@ -1,0 +1,355 @@
+"""One worker of a training run: from the newest checkpoint to the last step.
+
+Enters: a WorkerJob, the workers it is one of. Leaves: checkpoints and models below <out>, and metrics to
+worker 0's watcher. All workers go through the same steps; worker 0 alone writes.
+"""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from jobs.lake.storage import Storage
+from jobs.train.batches import Batches, TrainingBatch
+from jobs.train.calibration import recalibrate_batch_norm
+from jobs.train.checkpoints import Checkpoints
+from jobs.train.data_files import DataFile, fetch_data_file
+from jobs.train.evaluation import evaluate_model
+from jobs.train.image_locations import ImageReader
+from jobs.train.image_order import ImageOrder
+from jobs.train.metrics import EvalMetrics, StepMetrics
+from jobs.train.optimizer import AveragedWeights, make_optimizer
+from jobs.train.recipe import Recipe
+from jobs.train.run_record import RunRecord
+from jobs.train.state import Progress, TrainingStateError, restore, snapshot
+from jobs.train.step import Stepper
+from jobs.train.training_set import TrainingSet
+from jobs.train.watcher import TrainWatcher
+from jobs.train.workers import Workers
+from maskrcnn_core.checkpoint import dump_checkpoint
+from maskrcnn_core.config import MaskRCNNConfig
+from maskrcnn_core.model import MaskRCNN
+from schemas.train_spec import TrainSpec
+
+# A look at the loss waits for the device, so it is not taken at every step.
+_CHECK_EVERY_STEPS = 20
+_SHOWN_NAMES = 4
+VERSIONED = ("masklake", "torch", "torchvision", "ray")
+
+
+class DivergedError(FloatingPointError):
+    """The loss is not a number; every worker sees it at the same step."""
+
+
+@dataclass(frozen=True)
+class WorkerJob:
+    """What a worker is told.
+
+    Attributes:
+        torch_threads, loader_threads: of this worker.
+        log_every_s: seconds between two reports; 0: each step is reported.
+    """
+
+    record: RunRecord
+    recipe: Recipe
+    spec: TrainSpec
+    out_uri: str
+    storage: Storage
+    data_folder: Path
+    torch_threads: int
+    loader_threads: int
+    log_every_s: float = 1.0
+
+
+def train(job: WorkerJob, workers: Workers, watcher: TrainWatcher) -> Progress:
+    """Take the run to its end.
+
+    Args:
+        watcher: told of steps by worker 0 only, of images that cannot be read by each.
+
+    Raises:
+        DivergedError: the loss is not a number. Checkpoints from before stay.
+        TrainingStateError: the checkpoint is of another model.
+        StorageError: data or checkpoints cannot be reached.
+    """
+    torch.set_num_threads(job.torch_threads)
+    return _Run(job, workers, watcher).work()
+
+
+class _Run:
+    def __init__(self, job: WorkerJob, workers: Workers, watcher: TrainWatcher) -> None:
+        self._job = job
+        self._workers = workers
+        self._watcher = watcher
+        self._recipe = job.recipe
+        config = MaskRCNNConfig.from_dict(job.record.config)
+        # Fresh weights are drawn and then replaced by the checkpoint's; channels_last is what convolves fast.
+        model = MaskRCNN(config).to(workers.device).to(memory_format=torch.channels_last)
+        self._model = model.train()
+        self._average = AveragedWeights(model, job.recipe.ema_decay) if job.recipe.ema_decay else None
+        self._optimizer = make_optimizer(model, job.recipe)
+        self._checkpoints = Checkpoints(job.storage, job.out_uri, job.spec.checkpoint.keep)
+        self._progress = self._resume()
+        if job.recipe.compile:
+            model.backbone.compile()
+        self._sets = [self._fetch(file) for file in job.record.sets]
+        self._evaluated = None if job.record.evaluation is None else self._fetch(job.record.evaluation)
+        self._reader = ImageReader(job.storage)
+        self._unreadable: Counter[str] = Counter()
+        self._names: list[str] = []
+        self._meter = _Meter(job.recipe, workers.size, self._progress.step)
+        self._last_saved_s = time.monotonic()
+
+    def work(self) -> Progress:
+        recipe, first = self._recipe, self._progress.step
+        stepper = Stepper(
+            self._model, self._average, self._optimizer, recipe, self._workers, self._job.spec.recipe.seed
+        )
+        if self._is_first:
+            images = ", ".join(f"{file.name} {file.num_images:,}" for file in self._job.record.sets)
+            self._watcher.started(recipe.steps, first, f"{self._job.record.name} on {images} images")
+        batches = self._batches(first * recipe.accumulate)
+        for step in range(first, recipe.steps):
+            passes = [self._meter.wait_for(batches) for _ in range(recipe.accumulate)]
+            self._names = [name for batch in passes for name in batch.names]
+            self._count_unreadable(passes)
+            terms, norm = stepper.step(passes, step)
+            self._progress = replace(self._progress, step=step + 1)
+            is_last = step + 1 == recipe.steps
+            self._meter.add(terms, norm)
+            if is_last or (step + 1) % _CHECK_EVERY_STEPS == 0:
+                self._check_finite(terms)
+            if self._is_first and (is_last or self._meter.seconds >= self._job.log_every_s):
+                self._watcher.step(self._meter.read(step + 1, recipe.rate_at(step)))
+            every = self._job.spec.evaluate.every_steps
+            if not is_last and every is not None and (step + 1) % every == 0 and self._evaluate():
+                break
+            if self._is_first and not is_last and self._is_checkpoint_due():
+                self._check_finite(terms)
+                self._save()
+        if self._unreadable:
+            told = ", ".join(f"{count:,} {kind}" for kind, count in self._unreadable.items())
+            self._watcher.note(f"worker {self._workers.rank} could not read images: {told}")
+        self._finish()
+        return self._progress
+
+    @property
+    def _is_first(self) -> bool:
+        return self._workers.rank == 0
+
+    @property
+    def _result(self) -> MaskRCNN:
+        """What is evaluated and kept: the average, or the model where there is none."""
+        return self._model if self._average is None else self._average.model
+
+    def _resume(self) -> Progress:
+        """All workers take the checkpoint that worker 0 found."""
+        found = self._checkpoints.newest() if self._is_first else None
+        step = self._workers.from_first(-1 if found is None else found[1].step)
+        if not self._is_first and step >= 0:
+            found = self._checkpoints.newest(step)
+        if found is None:
+            raise TrainingStateError(f"there is no whole checkpoint in {self._job.out_uri}/checkpoints")
+        tensors, progress = found
+        restore(tensors, self._model, self._average, self._optimizer)
+        return progress
+
+    def _fetch(self, file: DataFile) -> TrainingSet:
+        return fetch_data_file(file, self._job.data_folder, self._job.storage)
+
+    def _batches(self, first: int, alone: bool = False) -> Iterator[TrainingBatch]:
+        """This worker's share of each pass, or all of it; from pass number `first` on."""
+        spec, recipe = self._job.spec, self._recipe
+        order = ImageOrder(
+            [len(data) for data in self._sets],
+            [file.weight for file in self._job.record.sets],
+            spec.recipe.seed,
+        )
+        return Batches(
+            self._sets,
+            order,
+            self._reader,
+            recipe.augmentation,
+            self._model.config,
+            batch_size=recipe.total_batch // recipe.accumulate,
+            rank=0 if alone else self._workers.rank,
+            world_size=1 if alone else self._workers.size,
+            seed=spec.recipe.seed,
+            copy_paste=recipe.copy_paste,
+            num_threads=self._job.loader_threads,
+            pin_memory=self._workers.device.type == "cuda",
+        ).starting_at(first)
+
+    def _check_finite(self, terms: dict[str, Tensor]) -> None:
+        loss = float(torch.stack(list(terms.values())).sum())
+        if loss != loss or loss in (float("inf"), float("-inf")):
+            images = ", ".join(self._names[:_SHOWN_NAMES])
+            raise DivergedError(
+                f"the loss is {loss} at step {self._progress.step}; lower recipe.learning_rate, or set "
+                f"recipe.clip_norm, or look at its images: {images} …"
+            )
+
+    def _count_unreadable(self, passes: Sequence[TrainingBatch]) -> None:
+        """Tell of the first of a kind; the others are counted."""
+        for batch in passes:
+            for image in batch.unreadable:
+                self._unreadable[image.kind] += 1
+                if self._unreadable[image.kind] == 1:
+                    self._watcher.note(
+                        f"image {image.name} is left out of training: {image.kind} ({image.problem})"
+                    )
+
+    def _is_checkpoint_due(self) -> bool:
+        spec = self._job.spec.checkpoint
+        if spec.every_steps is not None and self._progress.step % spec.every_steps == 0:
+            return True
+        # One that takes longer to write than every_s is not waited for by the next.
+        is_time = time.monotonic() - self._last_saved_s >= spec.every_s
+        return is_time and not self._checkpoints.is_writing
+
+    def _save(self) -> None:
+        self._last_saved_s = time.monotonic()
+        tensors = snapshot(self._model, self._average, self._optimizer)
+        self._checkpoints.save_behind(tensors, self._progress)
+
+    def _evaluate(self) -> bool:
+        """Measure AP, keep the model if it is the best so far; True: it has been none too often."""
+        if self._evaluated is None:
+            return False
+        spec = self._job.spec.evaluate
+        metrics = evaluate_model(
+            self._result,
+            self._evaluated,
+            self._reader.read,
+            self._workers,
+            step=self._progress.step,
+            precision=self._recipe.precision,  # type: ignore[arg-type]  # fp32 or bf16
+            num_threads=self._job.loader_threads,
+            max_images=spec.max_images,
+            per_category=spec.per_category,
+        )
+        ap = metrics.segm["AP"]
+        if ap > self._progress.best_ap:
+            self._progress = replace(
+                self._progress, best_ap=ap, best_step=self._progress.step, worse_in_a_row=0
+            )
+            self._write_model("model", metrics)
+        else:
+            self._progress = replace(self._progress, worse_in_a_row=self._progress.worse_in_a_row + 1)
+        if self._is_first:
+            self._watcher.evaluated(metrics)
+        return spec.patience is not None and self._progress.worse_in_a_row >= spec.patience
+
+    def _finish(self) -> None:
+        """Calibrate, evaluate, write what came out; the last checkpoint says that all is done."""
+        if self._recipe.calibration_batches:
+            self._calibrate()
+        self._evaluate()
+        self._write_model("last", None)
+        if self._evaluated is None:
+            self._write_model("model", None)
+        if self._is_first:
+            self._save()
+            self._checkpoints.wait()
+        if self._workers.size > 1:
+            dist.barrier()
+
+    def _calibrate(self) -> None:
+        """Worker 0 measures, the others take its figures."""
+        result = self._result
+        if self._is_first:
+            batches = self._batches(self._recipe.steps * self._recipe.accumulate, alone=True)
+            recalibrate_batch_norm(result, batches, self._recipe.calibration_batches)
+        if self._workers.size > 1:
+            for buffer in result.buffers():
+                dist.broadcast(buffer, 0)
+
+    def _write_model(self, name: str, metrics: EvalMetrics | None) -> None:
+        """<out>/<name>.safetensors, which `masklake infer` takes."""
+        if not self._is_first:
+            return
+        record = self._job.record
+        provenance: dict[str, Any] = {
+            "run_id": record.run_id,
+            "step": self._progress.step,
+            "recipe": self._job.spec.recipe.model_dump(mode="json", exclude_none=True),
+            "start": dict(record.origin),
+            "data": [
+                {"name": file.name, "fingerprint": file.fingerprint, "num_images": file.num_images}
+                | dict(file.description)
+                for file in record.sets
+            ],
+            "metrics": None if metrics is None else {"bbox": dict(metrics.bbox), "segm": dict(metrics.segm)},
+            "versions": {package: version(package) for package in VERSIONED},
+        }
+        content = dump_checkpoint(self._result, record.name, provenance=provenance)
+        self._job.storage.write_bytes(f"{self._job.out_uri}/{name}.safetensors", content)
+
+
+class _Meter:
+    """Means over the steps since the last report."""
+
+    def __init__(self, recipe: Recipe, num_workers: int, step: int) -> None:
+        self._recipe = recipe
+        self._num_workers = num_workers
+        self._start(step)
+
+    def _start(self, step: int) -> None:
+        self._step = step
+        self._started = time.monotonic()
+        self._waited = 0.0
+        self._terms: dict[str, Tensor] = {}
+        self._norm: Tensor | float = 0.0
+
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self._started
+
+    def wait_for(self, batches: Iterator[TrainingBatch]) -> TrainingBatch:
+        before = time.monotonic()
+        batch = next(batches)
+        self._waited += time.monotonic() - before
+        return batch
+
+    def add(self, terms: dict[str, Tensor], norm: Tensor) -> None:
+        for name, term in terms.items():
+            self._terms[name] = self._terms.get(name, 0) + term
+        self._norm = self._norm + norm
+
+    def read(self, step: int, rate: float) -> StepMetrics:
+        """The means, and begin anew."""
+        num_steps = step - self._step
+        losses = {name: float(term) / num_steps for name, term in self._terms.items()}
+        norm = float(self._norm) / num_steps
+        seconds = self.seconds  # after the device was waited for
+        metrics = StepMetrics(
+            step=step,
+            losses=losses,
+            learning_rate=rate,
+            images_per_s=num_steps * self._recipe.total_batch / seconds,
+            data_wait_share=min(1.0, self._waited / seconds),
+            memory_bytes=_memory_bytes(),
+            num_workers=self._num_workers,
+            grad_norm=norm,
+        )
+        self._start(step)
+        return metrics
+
+
+def _memory_bytes() -> int:
+    """The most that was taken: of the GPU, where there is one, else of this process."""
+    if torch.cuda.is_available():
+        return int(torch.cuda.max_memory_allocated())
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -1,0 +1,127 @@
+"""The data of a run and its record, jobs/train/data_files.py and run_record.py."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jobs.lake.storage import Storage
+from jobs.train.data_files import (
+    DataFile,
+    fetch_data_file,
+    find_categories,
+    make_data_file,
+    split_version,
+)
+from jobs.train.run_record import RunRecord, read_record, spec_hash, write_record
+from schemas.errors import UsageError
+from schemas.spec_loader import parse_spec
+from schemas.specs import StorageSpec
+from schemas.train_spec import DataSpec, TrainModelSpec
+from tests.train.conftest import MakeSpec
+
+STORAGE = Storage(StorageSpec())
+
+
+def coco(folder: Path, name: str, categories: dict[int, str]) -> DataSpec:
+    named = [{"id": category_id, "name": category} for category_id, category in categories.items()]
+    path = folder / f"{name}.json"
+    path.write_text(json.dumps({"images": [], "annotations": [], "categories": named}))
+    return parse_spec(DataSpec, {"uri": f"coco:{path}", "images": str(folder)}, "spec")
+
+
+def model(uri: str) -> TrainModelSpec:
+    return parse_spec(TrainModelSpec, {"uri": uri}, "spec")
+
+
+@pytest.mark.parametrize(
+    ("uri", "wanted"),
+    [
+        ("s3://bucket/lake@42", ("s3://bucket/lake", 42)),
+        ("s3://bucket/lake", ("s3://bucket/lake", None)),
+        ("s3://user@host/lake", ("s3://user@host/lake", None)),
+        ("lake@v2", ("lake@v2", None)),
+    ],
+)
+def test_a_version_is_a_number_behind_the_last_at(uri: str, wanted: tuple[str, int | None]) -> None:
+    assert split_version(uri) == wanted
+
+
+def test_categories_of_all_sets_together_are_the_models(tmp_path: Path) -> None:
+    data = {"a": coco(tmp_path, "a", {3: "cat", 1: "dog"}), "b": coco(tmp_path, "b", {3: "cat", 9: "owl"})}
+    assert find_categories(data, model("lite"), STORAGE) == ((1, "dog"), (3, "cat"), (9, "owl"))
+
+
+def test_an_id_with_two_names_is_refused(tmp_path: Path) -> None:
+    data = {"a": coco(tmp_path, "a", {3: "cat"}), "b": coco(tmp_path, "b", {3: "owl"})}
+    with pytest.raises(UsageError, match=r"category 3 is 'cat' in data\.a and 'owl' in data\.b"):
+        find_categories(data, model("lite"), STORAGE)
+
+
+def test_labels_alone_keep_a_checkpoints_categories_and_a_preset_has_none() -> None:
+    data = {"labels": parse_spec(DataSpec, {"uri": "lake:nowhere"}, "spec")}
+    assert dict(find_categories(data, model("demo"), STORAGE))[1] == "ellipse"
+    with pytest.raises(UsageError, match=r"model\.uri lite is a preset, and a label table does not say"):
+        find_categories(data, model("lite"), STORAGE)
+
+
+@pytest.fixture
+def made(scenes: Path, tmp_path: Path) -> DataFile:
+    spec = parse_spec(
+        DataSpec, {"uri": f"coco:{scenes}/annotations.json", "images": f"{scenes}/images"}, "spec"
+    )
+    categories = find_categories({"a": spec}, model("lite"), STORAGE)
+    return make_data_file("a", spec, categories, STORAGE, f"file://{tmp_path}", strict=True)
+
+
+def test_a_set_is_fetched_as_it_was_made(made: DataFile, tmp_path: Path) -> None:
+    assert (made.num_images, made.problems, made.uri) == (12, {}, f"file://{tmp_path}/data/a.arrow")
+    found = fetch_data_file(made, tmp_path / "local", STORAGE)
+    assert (len(found), found.fingerprint) == (12, made.fingerprint)
+    (tmp_path / "data/a.arrow").unlink()
+    assert len(fetch_data_file(made, tmp_path / "local", STORAGE)) == 12  # this machine has it
+
+
+def test_a_set_that_was_replaced_is_refused(made: DataFile, tmp_path: Path) -> None:
+    other = replace(made, fingerprint="0" * 32)
+    with pytest.raises(UsageError, match="is another set than this run was started with"):
+        fetch_data_file(other, tmp_path / "local", STORAGE)
+    assert list((tmp_path / "local").iterdir()) == []
+
+
+def record(spec: Any, **changes: Any) -> RunRecord:
+    file = DataFile("a", "file:///a.arrow", "ab" * 16, 12, 1.0, {"bad_rle": 2}, {"coco": "x"})
+    whole = RunRecord("train-1", spec_hash(spec), "lite", {"preset": "lite"}, {}, (file,), None)
+    return replace(whole, **changes)
+
+
+def test_a_record_comes_back_as_it_was_written(make_spec: MakeSpec, tmp_path: Path) -> None:
+    spec = make_spec()
+    out = f"file://{tmp_path}/run"
+    assert read_record(out, spec, STORAGE) is None
+    written = record(spec)
+    write_record(out, written, STORAGE)
+    assert read_record(out, spec, STORAGE) == written
+    both = replace(written, evaluation=written.sets[0])
+    write_record(out, both, STORAGE)
+    assert read_record(out, spec, STORAGE) == both
+
+
+def test_workers_and_checkpoints_may_change_and_what_is_learnt_may_not(
+    make_spec: MakeSpec, tmp_path: Path
+) -> None:
+    out = f"file://{tmp_path}/run"
+    write_record(out, record(make_spec()), STORAGE)
+    assert read_record(out, make_spec(scaling={"num_workers": 2}, checkpoint={"keep": 5}), STORAGE)
+    with pytest.raises(UsageError, match="holds run train-1 of another spec; choose another --out"):
+        read_record(out, make_spec(recipe={"learning_rate": 0.5}), STORAGE)
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b"{}", b'{"format": "other"}'])
+def test_what_is_no_record_is_said_so(content: bytes, make_spec: MakeSpec, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/run.json").write_bytes(content)
+    with pytest.raises(UsageError, match="is not a training run of this masklake"):
+        read_record(f"file://{tmp_path}/run", make_spec(), STORAGE)

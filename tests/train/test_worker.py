@@ -1,0 +1,130 @@
+"""One worker's run, and several workers', jobs/train/worker.py and step.py."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing.spawn as mp
+
+from jobs.train.metrics import EvalMetrics, StepMetrics
+from jobs.train.state import TrainingStateError
+from jobs.train.worker import DivergedError, WorkerJob, train
+from jobs.train.workers import Workers
+from maskrcnn_core.checkpoint import parse_checkpoint
+from tests.train.conftest import MakeJob, MakeSpec
+from tests.train.recording_watcher import RecordingWatcher
+
+ALONE = Workers(0, 1, torch.device("cpu"))
+
+
+def losses(watcher: RecordingWatcher) -> dict[int, dict[str, float]]:
+    return {told.step: dict(told.losses) for told in watcher.told if isinstance(told, StepMetrics)}
+
+
+@pytest.mark.parametrize("died_at", [5])
+def test_a_run_taken_up_again_has_the_losses_of_an_unbroken_one(
+    died_at: int, make_spec: MakeSpec, make_job: MakeJob, tmp_path: Path
+) -> None:
+    whole, broken, resumed = RecordingWatcher(), RecordingWatcher(died_at), RecordingWatcher()
+    spec = make_spec(checkpoint={"every_steps": 2, "every_s": 1e6})
+    train(make_job(make_spec(out={"uri": str(tmp_path / "whole")})), ALONE, whole)
+    with pytest.raises(ConnectionError):
+        train(make_job(spec), ALONE, broken)
+    newest = tmp_path / "run/checkpoints/step-00000004.safetensors"
+    deadline = time.monotonic() + 30
+    while not newest.exists():  # it is written beside the training
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    # Of what was being written when the process died, only half arrived.
+    newest.with_name("step-00000005.safetensors").write_bytes(newest.read_bytes()[:100_000])
+    progress = train(make_job(spec), ALONE, resumed)
+    assert progress.step == 6
+    assert resumed.told[0] == (6, 4, "lite on scenes 12 images")
+    assert list(losses(whole)) == [1, 2, 3, 4, 5, 6]
+    for step, terms in {**losses(broken), **losses(resumed)}.items():
+        assert terms == pytest.approx(losses(whole)[step], abs=1e-4), step
+    assert_same_weights(tmp_path / "whole", tmp_path / "run", 1e-4)
+
+
+def assert_same_weights(one: Path, other: Path, tolerance: float) -> None:
+    found = [parse_checkpoint((run / "last.safetensors").read_bytes(), run.name) for run in (one, other)]
+    for name, value in found[0].weights.items():
+        assert torch.allclose(value, found[1].weights[name], atol=tolerance), name
+
+
+def test_what_a_run_leaves_behind_can_be_used(
+    make_spec: MakeSpec, make_job: MakeJob, scenes: Path, tmp_path: Path
+) -> None:
+    data = {"uri": f"coco:{scenes}/annotations.json", "images": f"{scenes}/images"}
+    spec = make_spec(
+        recipe={"steps": 4, "accumulate": 2, "learning_rate": 1e-9},
+        evaluate={"data": data, "every_steps": 1, "max_images": 2, "patience": 2},
+    )
+    watcher = RecordingWatcher()
+    progress = train(make_job(spec), ALONE, watcher)
+    evaluations = [told for told in watcher.told if isinstance(told, EvalMetrics)]
+    assert [metrics.num_images for metrics in evaluations] == [2] * len(evaluations)
+    # Nothing is learnt, so the second evaluation without a better AP ends the run, but for the last one.
+    assert progress.step < 4
+    model = parse_checkpoint((tmp_path / "run/model.safetensors").read_bytes(), "model")
+    assert model.build().config.preset == "lite"
+    assert model.provenance["step"] == progress.best_step
+    (described,) = model.provenance["data"]
+    assert (described["name"], described["num_images"]) == ("scenes", 12)
+    assert described["coco"].endswith("annotations.json")
+
+
+def test_a_loss_that_is_no_number_ends_the_run_in_words(make_spec: MakeSpec, make_job: MakeJob) -> None:
+    spec = make_spec(recipe={"learning_rate": 1e20, "steps": 3, "warmup_steps": 0, "clip_norm": 0})
+    with pytest.raises(DivergedError, match=r"the loss is (nan|inf) at step 3; lower recipe.learning_rate"):
+        train(make_job(spec), ALONE, RecordingWatcher())
+
+
+def test_a_run_without_a_whole_checkpoint_is_refused(
+    make_spec: MakeSpec, make_job: MakeJob, tmp_path: Path
+) -> None:
+    job = make_job(make_spec())
+    for file in (tmp_path / "run/checkpoints").iterdir():
+        file.write_bytes(b"")
+    with pytest.raises(TrainingStateError, match="there is no whole checkpoint in"):
+        train(job, ALONE, RecordingWatcher())
+
+
+def _work(rank: int, job: WorkerJob, size: int, folder: str) -> None:
+    """One process of several; worker 0 writes its losses to a file."""
+    met = f"file://{folder}/met-{size}"
+    dist.init_process_group("gloo", init_method=met, rank=rank, world_size=size)
+    watcher = RecordingWatcher()
+    try:
+        train(job, Workers.joined(torch.device("cpu")), watcher)
+        if rank == 0:
+            Path(folder, f"losses-{size}.json").write_text(json.dumps(losses(watcher)))
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [2, 4])
+def test_several_workers_have_the_losses_of_one(
+    size: int, make_spec: MakeSpec, make_job: MakeJob, tmp_path: Path
+) -> None:
+    """With frozen norms: batch norm's statistics are each worker's own."""
+    settings: dict[str, Any] = {
+        "recipe": {"total_batch": 4, "calibration_batches": 0},
+        "model": {"norm": "frozen_bn"},
+    }
+    alone = RecordingWatcher()
+    train(make_job(make_spec(**settings)), ALONE, alone)
+    job = make_job(make_spec(**settings, out={"uri": str(tmp_path / "several")}))
+    mp.start_processes(_work, (job, size, str(tmp_path)), nprocs=size)
+    found = json.loads((tmp_path / f"losses-{size}.json").read_text())
+    assert len(found) == 6
+    for step, terms in losses(alone).items():
+        assert found[str(step)] == pytest.approx(terms, abs=1e-3), step
+    assert_same_weights(tmp_path / "run", tmp_path / "several", 1e-3)
