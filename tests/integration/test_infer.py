@@ -214,7 +214,8 @@ def test_the_run_leaves_its_summary_and_its_spec_in_the_lake(tmp_path: Path) -> 
     assert respec.model.score_threshold == 0.01
 
 
-@pytest.mark.parametrize("folder", ["coco_photos", pytest.param("facades/val", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("folder", ["coco_photos", "facades/val"])
 def test_photographs_have_the_same_labels_whichever_way_they_come_in(
     folder: str, shared_data: Path, tmp_path: Path, photo_storage: Place
 ) -> None:
