@@ -35,7 +35,7 @@ test-s3: setup ## the tests against Ceph RGW, a real S3 server
 SEED ?= 1
 SCHEDULES ?= 60
 ONLY ?=
-chaos: setup ## kills processes, breaks storage, fills disks, and judges the table; half an hour
+chaos: setup ## kills processes, breaks storage, fills disks, and judges the table; an hour
 	@MASKLAKE_CHAOS_SEED=$(SEED) MASKLAKE_CHAOS_SCHEDULES=$(SCHEDULES) $(BIN)/python -m pytest -q -s -m chaos -k '$(ONLY)'
 
 check: setup ## lint, format, types, import rules
