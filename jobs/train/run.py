@@ -40,7 +40,7 @@ from jobs.train.samples import take_samples
 from jobs.train.state import TrainingStateError
 from jobs.train.trackers import open_trackers
 from jobs.train.watcher import TrainWatcher, WatcherGroup
-from jobs.train.worker import VERSIONED, DivergedError, WorkerJob, train
+from jobs.train.worker import VERSIONED, WorkerJob, train
 from jobs.train.workers import Workers
 from maskrcnn_core.checkpoint import parse_checkpoint
 from schemas.errors import MasklakeError, UsageError
@@ -306,7 +306,7 @@ def _train_on_ray(config: dict[str, Any]) -> None:
     status = "done"
     try:
         train(config["job"], workers, sender)
-    except (DivergedError, TrainingStateError, UsageError) as error:
+    except (FloatingPointError, TrainingStateError, UsageError) as error:
         status = str(error)
     finally:
         sender.flush()
