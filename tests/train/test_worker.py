@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing.spawn as mp
+from torch.multiprocessing.spawn import start_processes
 
 from jobs.train.metrics import EvalMetrics, StepMetrics
 from jobs.train.state import TrainingStateError
@@ -122,7 +122,7 @@ def test_several_workers_have_the_losses_of_one(
     alone = RecordingWatcher()
     train(make_job(make_spec(**settings)), ALONE, alone)
     job = make_job(make_spec(**settings, out={"uri": str(tmp_path / "several")}))
-    mp.start_processes(_work, (job, size, str(tmp_path)), nprocs=size)
+    start_processes(_work, (job, size, str(tmp_path)), nprocs=size)
     found = json.loads((tmp_path / f"losses-{size}.json").read_text())
     assert len(found) == 6
     for step, terms in losses(alone).items():
