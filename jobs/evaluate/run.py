@@ -8,13 +8,13 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from pathlib import PurePosixPath
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from jobs.lake.labels_table import LabelsTable
+from jobs.lake.shards import image_name
 from jobs.lake.storage import Storage
 from maskrcnn_core.coco_eval import evaluate_coco
 from maskrcnn_core.predictor import Detections
@@ -51,12 +51,13 @@ def run_evaluate(lake_uri: str, annotations_uri: str, model_id: str | None, stor
     detections: dict[int, Detections] = {}
     num_failed = 0
     for row in _rows(rows):
-        coco_id = coco_ids.get(_name(row["image_id"]))
+        coco_id = coco_ids.get(image_name(row["image_id"]))
         if coco_id is None:
             continue
         if coco_id in detections:
             raise UsageError(
-                f"two labelled images are called {_name(row['image_id'])!r}; evaluate one source at a time."
+                f"two labelled images are called {image_name(row['image_id'])!r}; evaluate one source at a "
+                "time."
             )
         num_failed += row["status"] != Status.OK
         detections[coco_id] = to_detections(row)
@@ -114,15 +115,8 @@ def read_coco(uri: str, storage: Storage) -> dict[str, Any]:
 def _coco_ids_by_name(truth: Mapping[str, Any]) -> dict[str, int]:
     ids: dict[str, int] = {}
     for image in truth["images"]:
-        name = _name(image["file_name"])
+        name = image_name(image["file_name"])
         if name in ids:
             raise UsageError(f"two images of the annotations are called {name!r}; evaluate folder by folder.")
         ids[name] = int(image["id"])
     return ids
-
-
-def _name(path: str) -> str:
-    """The file's name without folder and image suffix: what image_id and file_name have in common."""
-    name = PurePosixPath(path).name
-    stem, dot, suffix = name.rpartition(".")
-    return stem if dot and suffix.isalnum() and 2 < len(suffix) < 5 else name

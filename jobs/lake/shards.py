@@ -2,6 +2,7 @@
 
 from collections.abc import Container
 from dataclasses import dataclass
+from pathlib import PurePosixPath
 from typing import Literal, NamedTuple
 
 from jobs.lake.object_table import NO_OBJECTS, ObjectTable
@@ -95,6 +96,13 @@ class ImageIds:
 def is_image_name(key: str) -> bool:
     """By its suffix, in any case; a hidden file (also macOS's "._photo.jpg") is none, at any depth."""
     return key.lower().endswith(_IMAGE_SUFFIXES) and not any(part.startswith(".") for part in key.split("/"))
+
+
+def image_name(path: str) -> str:
+    """A file's name without folder and image suffix: what an image's key and a file_name have in common."""
+    name = PurePosixPath(path).name
+    stem, dot, suffix = name.rpartition(".")
+    return stem if dot and suffix.isalnum() and 2 < len(suffix) < 5 else name
 
 
 def duplicate(claimed: ClaimedId, shard: str) -> SourceImage:

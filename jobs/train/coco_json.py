@@ -18,8 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 from pycocotools import mask as coco_mask
 
+from jobs.lake.shards import image_name
 from jobs.lake.storage import Storage
-from jobs.train.image_locations import image_name
 from jobs.train.records import ANNOTATIONS, IMAGES, Problem, Problems, RefusedError, Spool, to_batch
 from schemas.errors import UsageError
 from schemas.labels import Status

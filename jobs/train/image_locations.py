@@ -16,13 +16,12 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from pathlib import PurePosixPath
 from typing import Any
 
 import pyarrow as pa
 
 from jobs.lake.parquet_source import check_columns, open_parquet
-from jobs.lake.shards import MAX_IMAGE_BYTES, ImageIds, Shard, is_image_name
+from jobs.lake.shards import MAX_IMAGE_BYTES, ImageIds, Shard, image_name, is_image_name
 from jobs.lake.sources import list_shards
 from jobs.lake.storage import CorruptObjectError, MissingObjectError, ObjectInfo, Storage
 from jobs.lake.tar import BLOCK_BYTES, TarError, TarReader
@@ -77,13 +76,6 @@ class ImageLocation:
             row["uri"].decode(errors="surrogateescape"), row["object_bytes"], row["etag"], row["version"]
         )
         return cls(info, row["start"], row["num_bytes"], row["row_group"], row["row"], row["column"])
-
-
-def image_name(path: str) -> str:
-    """A file's name without folder and image suffix: what an image's key and a file_name have in common."""
-    name = PurePosixPath(path).name
-    stem, dot, suffix = name.rpartition(".")
-    return stem if dot and suffix.isalnum() and 2 < len(suffix) < 5 else name
 
 
 def locate_images(spec: SourceSpec, storage: Storage, problems: Problems) -> Iterator[pa.RecordBatch]:

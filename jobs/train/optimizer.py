@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from jobs.train.recipe import Recipe
 from maskrcnn_core.model import MaskRCNN
 
+_Named = tuple[str, nn.Parameter]
+
 
 def make_optimizer(model: MaskRCNN, recipe: Recipe) -> torch.optim.Optimizer:
     """SGD with momentum or AdamW over the parameters that are trained.
@@ -21,11 +23,11 @@ def make_optimizer(model: MaskRCNN, recipe: Recipe) -> torch.optim.Optimizer:
     Norms and biases are not decayed: shrinking a scale or a shift regularises nothing (Goyal et al.,
     arXiv:1706.02677, section 5.3, for norms).
     """
+    decayed, rest = ([p for _, p in named] for named in _trained(model))
     groups = [
-        {"params": decayed, "weight_decay": recipe.weight_decay, "lr": recipe.rate_at(0)}
-        for decayed in [[p for p in _trained(model) if p.ndim > 1]]
+        {"params": decayed, "weight_decay": recipe.weight_decay},
+        {"params": rest, "weight_decay": 0.0},
     ]
-    groups.append({"params": [p for p in _trained(model) if p.ndim <= 1], "weight_decay": 0.0})
     device = next(model.parameters()).device.type
     if recipe.optimizer == "adamw":
         return torch.optim.AdamW(groups, recipe.rate_at(0), fused=True)
@@ -34,8 +36,8 @@ def make_optimizer(model: MaskRCNN, recipe: Recipe) -> torch.optim.Optimizer:
 
 def trained_names(model: MaskRCNN) -> list[str]:
     """Names of the trained parameters in the order in which an optimiser of ours numbers them."""
-    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    return [name for name, p in named if p.ndim > 1] + [name for name, p in named if p.ndim <= 1]
+    decayed, rest = _trained(model)
+    return [name for name, _ in (*decayed, *rest)]
 
 
 class AveragedWeights:
@@ -63,8 +65,10 @@ class AveragedWeights:
                 mine.copy_(its)
 
 
-def _trained(model: nn.Module) -> list[nn.Parameter]:
-    return [p for p in model.parameters() if p.requires_grad]
+def _trained(model: nn.Module) -> tuple[list[_Named], list[_Named]]:
+    """The trained parameters with their names: those that are decayed, and the rest."""
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    return [(name, p) for name, p in named if p.ndim > 1], [(name, p) for name, p in named if p.ndim <= 1]
 
 
 def _floating(model: nn.Module) -> Iterator[Tensor]:

@@ -229,9 +229,9 @@ class _Driver:
             best = max(history.evaluations, key=lambda metrics: metrics.segm["AP"])
             self.summary.ap = best.segm["AP"]
             self.summary.evaluation = {"bbox": dict(best.bbox), "segm": dict(best.segm), "step": best.step}
-        checkpoint = parse_checkpoint(*read_checkpoint_bytes(self.summary.model, self.storage))
+        content, where = read_checkpoint_bytes(self.summary.model, self.storage)
+        checkpoint = parse_checkpoint(content, where)
         if self.spec.register_as.name is not None:
-            content, _ = read_checkpoint_bytes(self.summary.model, self.storage)
             facts = {"run_id": self.record.run_id, "evaluation": self.summary.evaluation}
             made = ModelRegistry(self._registry_lake(), self.storage).register(
                 self.spec.register_as.name, content, checkpoint.fingerprint, facts

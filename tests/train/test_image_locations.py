@@ -13,9 +13,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from jobs.lake.shards import image_name
 from jobs.lake.sources import ShardReader, list_shards
 from jobs.lake.storage import ChangedObjectError, CorruptObjectError, MissingObjectError, Storage
-from jobs.train.image_locations import ImageLocation, ImageReader, image_name, locate_images
+from jobs.train.image_locations import ImageLocation, ImageReader, locate_images
 from jobs.train.records import Problems
 from schemas.errors import UsageError
 from schemas.specs import SourceSpec, StorageSpec
