@@ -96,7 +96,7 @@ def dump_checkpoint(
     dtype: torch.dtype = torch.float32,
     provenance: Mapping[str, Any] | None = None,
 ) -> bytes:
-    """The file's bytes; floating tensors are stored as `dtype`.
+    """The file's bytes; floating tensors are stored as `dtype`, those with values beyond its range unchanged.
 
     Args:
         name: becomes part of model_id: letters, digits, `.`, `_`, `-`.
@@ -107,10 +107,7 @@ def dump_checkpoint(
     """
     if not name or not all(c.isascii() and (c.isalnum() or c in "._-") for c in name):
         raise ValueError(f"checkpoint name {name!r}: wanted letters, digits, '.', '_' and '-' only.")
-    weights = {
-        key: (tensor.to(dtype) if tensor.is_floating_point() else tensor).contiguous().cpu()
-        for key, tensor in model.state_dict().items()
-    }
+    weights = {key: _stored(tensor, dtype).contiguous().cpu() for key, tensor in model.state_dict().items()}
     metadata = {
         "masklake.format": FORMAT,
         "masklake.name": name,
@@ -119,6 +116,13 @@ def dump_checkpoint(
         "masklake.provenance": json.dumps(dict(provenance or {})),
     }
     return safetensors_save(weights, metadata)
+
+
+def _stored(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    if not tensor.is_floating_point():
+        return tensor
+    stored = tensor.to(dtype)
+    return stored if bool(torch.isfinite(stored).all()) else tensor
 
 
 def parse_checkpoint(data: bytes, where: str) -> Checkpoint:

@@ -114,6 +114,9 @@ class OutSpec(Section):
     """Where the run keeps what it makes: data, checkpoints, model, report."""
 
     uri: Uri = Field(description="folder or bucket prefix of its own")
+    dtype: Literal["fp32", "fp16"] = Field(
+        default="fp32", description="of the weights in model.safetensors and last.safetensors"
+    )
 
 
 class RecipeSpec(Section):

@@ -51,10 +51,17 @@ class Checkpoints:
                 continue  # another process has just removed it
         return None
 
+    def last_step(self) -> int:
+        """Of the newest one, whole or not; 0 where there is none."""
+        return max(map(_step_of, self._list()), default=0)
+
+    def uri_of(self, step: int) -> str:
+        """Where the one of a step is, or would be."""
+        return f"{self._folder}/step-{step:08d}.safetensors"
+
     def save(self, tensors: Mapping[str, Tensor], progress: Progress) -> None:
         """Write one; remove the oldest, and those of later steps, which the run passed over as damaged."""
-        uri = f"{self._folder}/step-{progress.step:08d}.safetensors"
-        self._storage.write_bytes(uri, dump_state(tensors, progress))
+        self._storage.write_bytes(self.uri_of(progress.step), dump_state(tensors, progress))
         steps = {info.uri: _step_of(info) for info in self._list()}
         kept = sorted(step for step in steps.values() if step <= progress.step)[-self._keep :]
         for old, step in steps.items():

@@ -45,8 +45,17 @@ class LetterBox:
     def __init__(self, max_letters: int = MAX_LETTERS) -> None:
         self._letters: deque[Letter] = deque(maxlen=max_letters)
         self._num_lost = 0
+        self._has_ended = False
+
+    def has_ended(self) -> bool:
+        """Whether a worker has told that the run is at its end, for good or for ill."""
+        return self._has_ended
 
     def put(self, letter: Letter) -> None:
+        if letter.method == "ended":  # each worker may tell of an error; the first is heard
+            if self._has_ended:
+                return
+            self._has_ended = True
         self._num_lost += len(self._letters) == self._letters.maxlen
         self._letters.append(letter)
 
@@ -61,7 +70,7 @@ class LetterBox:
 
 
 class Sender:
-    """A TrainWatcher for rank 0. Travels to the workers; no call waits, and none fails."""
+    """A TrainWatcher for the workers. Travels to the workers; no call waits, and none fails."""
 
     def __init__(self, box: Any) -> None:
         self._box = box
@@ -81,6 +90,10 @@ class Sender:
 
     def ended(self, status: str) -> None:
         self._send("ended", status)
+
+    def has_ended(self) -> bool:
+        """Whether a worker, of this start or one before, has told of the run's end."""
+        return bool(ray.get(self._box.has_ended.remote()))
 
     def flush(self) -> None:
         """Wait until all has arrived: a worker that ends takes along what is still on its way.

@@ -40,7 +40,7 @@ from jobs.train.samples import take_samples
 from jobs.train.state import TrainingStateError
 from jobs.train.trackers import open_trackers
 from jobs.train.watcher import TrainWatcher, WatcherGroup
-from jobs.train.worker import VERSIONED, WorkerJob, train
+from jobs.train.worker import VERSIONED, DivergedError, WorkerJob, train
 from jobs.train.workers import Workers
 from maskrcnn_core.checkpoint import parse_checkpoint
 from schemas.errors import MasklakeError, UsageError
@@ -156,6 +156,11 @@ class _Driver:
         cluster = connect()
         try:
             plan = train_plan(cluster, self.spec)
+            if not plan.use_gpu and self.record.config["norm"] == "sync_bn":
+                raise UsageError(
+                    "model.norm sync_bn is for GPUs, and this run has none; take frozen_bn, bn or gn, and "
+                    "another --out"
+                )
             self.summary.workers = plan.max_workers
             self.summary.hardware = (
                 f"{cluster.num_nodes} nodes, {cluster.num_cpus:g} CPUs, {cluster.num_gpus:g} GPUs"
@@ -163,7 +168,7 @@ class _Driver:
             mailbox = Mailbox()
             try:
                 with mailbox.delivering_to(group):
-                    self._fit(plan, mailbox.sender())
+                    failure = self._fit(plan, mailbox.sender())
             finally:
                 mailbox.close()
         except KeyboardInterrupt:
@@ -178,9 +183,12 @@ class _Driver:
             shutdown()
         if outcome.failure is not None:
             raise TrainingFailedError(f"{outcome.failure}. What was saved before stays in {self.out_uri}.")
+        if failure is not None:
+            raise failure
         self._close()
 
-    def _fit(self, plan: TrainPlan, sender: Sender) -> None:
+    def _fit(self, plan: TrainPlan, sender: Sender) -> TrainingFailedError | None:
+        """Train; gives the error where Ray gave the workers up. One that they told of says more."""
         workers: int | tuple[int, int] = plan.max_workers
         if plan.min_workers < plan.max_workers:
             workers = plan.min_workers, plan.max_workers
@@ -204,6 +212,8 @@ class _Driver:
                     num_workers=workers,
                     use_gpu=plan.use_gpu,
                     resources_per_worker={"CPU": plan.cpus_per_worker} | ({"GPU": 1} if plan.use_gpu else {}),
+                    # More workers begin at the newest checkpoint, so there should be a new one.
+                    elastic_resize_monitor_interval_s=self.spec.checkpoint.every_s,
                 ),
                 run_config=RunConfig(  # type: ignore[arg-type]  # its types say the class of before
                     # Ray answers a name that it has seen with the old result. Checkpoints are our own, so
@@ -217,10 +227,11 @@ class _Driver:
             try:
                 trainer.fit()
             except ray.train.TrainingFailedError as error:
-                raise TrainingFailedError(
+                return TrainingFailedError(
                     f"the workers failed {self.spec.scaling.max_failures + 1} times, the last time with: "
                     f"{_last_line(error)}. Run the same command again to go on from the newest checkpoint."
-                ) from error
+                )
+        return None
 
     def _close(self) -> None:
         """Registration and report, once training is done."""
@@ -299,19 +310,22 @@ class _Outcome:
 def _train_on_ray(config: dict[str, Any]) -> None:
     """What Ray Train runs in each worker.
 
-    An error that would come again is told to the driver instead of raised: Ray would start anew for it.
+    An error that would come again is told to the driver. Where the other workers still wait for this one it
+    is raised, too: Ray ends them all and starts them anew, to find that the run has ended.
     """
     sender: Sender = config["sender"]
+    if sender.has_ended():
+        return
     workers = Workers.joined(get_device())
-    status = "done"
     try:
         train(config["job"], workers, sender)
-    except (FloatingPointError, TrainingStateError, UsageError) as error:
-        status = str(error)
+        if workers.rank == 0:
+            sender.ended("done")
+    except (FloatingPointError, MemoryError, TrainingStateError, UsageError) as error:
+        sender.ended(str(error))
+        if workers.size > 1 and not isinstance(error, DivergedError):
+            raise
     finally:
-        sender.flush()
-    if workers.rank == 0:
-        sender.ended(status)
         sender.flush()
 
 

@@ -47,10 +47,9 @@ class Stepper:
         self._parameters = [p for p in model.parameters() if p.requires_grad]
         self._losses: nn.Module = _Losses(model)
         if workers.size > 1:
-            has_statistics = any(isinstance(m, nn.BatchNorm2d) for m in model.modules())
-            self._losses = DistributedDataParallel(
-                self._losses, broadcast_buffers=has_statistics, gradient_as_bucket_view=True
-            )
+            self._losses = DistributedDataParallel(self._losses, gradient_as_bucket_view=True)
+            # The argument of this name is deprecated from torch 2.13 on, and what replaces it is not in 2.11.
+            self._losses.broadcast_buffers = any(isinstance(m, nn.BatchNorm2d) for m in model.modules())
 
     def step(self, passes: Sequence[TrainingBatch], step: int) -> tuple[dict[str, Tensor], Tensor]:
         """One step, over this worker's share of the batch.

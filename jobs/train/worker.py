@@ -6,15 +6,17 @@ worker 0's watcher. All workers go through the same steps; worker 0 alone writes
 
 from __future__ import annotations
 
+import math
 import resource
 import sys
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -40,16 +42,24 @@ from jobs.train.workers import Workers
 from maskrcnn_core.checkpoint import dump_checkpoint
 from maskrcnn_core.config import MaskRCNNConfig
 from maskrcnn_core.model import MaskRCNN
+from schemas.errors import StorageError
 from schemas.train_spec import TrainSpec
 
 # A look at the loss waits for the device, so it is not taken at every step.
 _CHECK_EVERY_STEPS = 20
-_SHOWN_NAMES = 4
+_SHOWN_NAMES = 16
+# Allocations that fail on a CPU are plain RuntimeErrors.
+_OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
+_DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
 VERSIONED = ("masklake", "torch", "torchvision", "ray")
 
 
 class DivergedError(FloatingPointError):
-    """The loss is not a number; every worker sees it at the same step."""
+    """The loss or the gradients are not numbers; every worker sees it at the same step."""
+
+
+class TrainingMemoryError(MemoryError):
+    """A step took more memory than there is; one worker may see it and the others not."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +90,7 @@ def train(job: WorkerJob, workers: Workers, watcher: TrainWatcher) -> Progress:
 
     Raises:
         DivergedError: the loss is not a number. Checkpoints from before stay.
+        TrainingMemoryError: a step takes more memory than there is.
         TrainingStateError: the checkpoint is of another model.
         StorageError: data or checkpoints cannot be reached.
     """
@@ -107,7 +118,7 @@ class _Run:
         self._evaluated = None if job.record.evaluation is None else self._fetch(job.record.evaluation)
         self._reader = ImageReader(job.storage)
         self._unreadable: Counter[str] = Counter()
-        self._names: list[str] = []
+        self._unchecked: list[_Taken] = []
         self._meter = _Meter(job.recipe, workers.size, self._progress.step)
         self._last_saved_s = time.monotonic()
 
@@ -122,21 +133,23 @@ class _Run:
         batches = self._batches(first * recipe.accumulate)
         for step in range(first, recipe.steps):
             passes = [self._meter.wait_for(batches) for _ in range(recipe.accumulate)]
-            self._names = [name for batch in passes for name in batch.names]
             self._count_unreadable(passes)
-            terms, norm = stepper.step(passes, step)
+            names = [name for batch in passes for name in batch.names]
+            with self._telling_what_takes_memory(step + 1, names, passes):
+                terms, norm = stepper.step(passes, step)
             self._progress = replace(self._progress, step=step + 1)
             is_last = step + 1 == recipe.steps
             self._meter.add(terms, norm)
+            self._unchecked.append(_Taken(step + 1, names, torch.stack([*terms.values()]).sum(), norm))
             if is_last or (step + 1) % _CHECK_EVERY_STEPS == 0:
-                self._check_finite(terms)
+                self._check_finite()
             if self._is_first and (is_last or self._meter.seconds >= self._job.log_every_s):
                 self._watcher.step(self._meter.read(step + 1, recipe.rate_at(step)))
             every = self._job.spec.evaluate.every_steps
             if not is_last and every is not None and (step + 1) % every == 0 and self._evaluate():
                 break
             if self._is_first and not is_last and self._is_checkpoint_due():
-                self._check_finite(terms)
+                self._check_finite()
                 self._save()
         if self._unreadable:
             told = ", ".join(f"{count:,} {kind}" for kind, count in self._unreadable.items())
@@ -191,14 +204,50 @@ class _Run:
             pin_memory=self._workers.device.type == "cuda",
         ).starting_at(first)
 
-    def _check_finite(self, terms: dict[str, Tensor]) -> None:
-        loss = float(torch.stack(list(terms.values())).sum())
-        if loss != loss or loss in (float("inf"), float("-inf")):
-            images = ", ".join(self._names[:_SHOWN_NAMES])
-            raise DivergedError(
-                f"the loss is {loss} at step {self._progress.step}; lower recipe.learning_rate, or set "
-                f"recipe.clip_norm, or look at its images: {images} …"
-            )
+    def _check_finite(self) -> None:
+        """Look at the steps since the last look; the first that went wrong is the one to name."""
+        taken, self._unchecked = self._unchecked, []
+        values = torch.stack([torch.stack([step.loss, step.norm]) for step in taken]).tolist()
+        for step, (loss, norm) in zip(taken, values, strict=True):
+            if not math.isfinite(loss) or not math.isfinite(norm):
+                self._diverged(step, loss)
+
+    def _diverged(self, taken: _Taken, loss: float) -> NoReturn:
+        if self._is_first:
+            with suppress(StorageError):
+                self._checkpoints.wait()
+        saved = self._workers.from_first(self._checkpoints.last_step() if self._is_first else 0)
+        what = f"the loss is {loss}" if not math.isfinite(loss) else "the gradients are not finite"
+        raise DivergedError(
+            f"{what} at step {taken.step}; lower recipe.learning_rate, or set recipe.clip_norm, or look at "
+            f"its images: {_listed(self._workers.gather(taken.names))}. The last good checkpoint is "
+            f"{self._checkpoints.uri_of(saved)}"
+        )
+
+    @contextmanager
+    def _telling_what_takes_memory(
+        self, step: int, names: Sequence[str], passes: Sequence[TrainingBatch]
+    ) -> Iterator[None]:
+        """
+        Raises:
+            TrainingMemoryError: in place of torch's own error.
+        """
+        try:
+            yield
+        except (MemoryError, RuntimeError) as error:
+            if not isinstance(error, MemoryError) and not _is_out_of_memory(error):
+                raise
+            height, width = max((batch.images.shape[-2:] for batch in passes), key=math.prod)
+            images = max(len(batch.images) for batch in passes)
+            instances = sum(len(target.boxes) for batch in passes for target in batch.targets)
+            recipe = self._recipe
+            sides = "recipe.shorter_sides" if recipe.canvas_px is None else "recipe.canvas_px"
+            raise TrainingMemoryError(
+                f"step {step} takes more memory than there is: {images} images of {width}x{height} px a pass "
+                f"and worker, {instances} instances ({_listed(names)}); raise recipe.accumulate (now "
+                f"{recipe.accumulate}) or scaling.num_workers, or lower recipe.total_batch (now "
+                f"{recipe.total_batch}) or {sides}"
+            ) from error
 
     def _count_unreadable(self, passes: Sequence[TrainingBatch]) -> None:
         """Tell of the first of a kind; the others are counted."""
@@ -228,6 +277,9 @@ class _Run:
         if self._evaluated is None:
             return False
         spec = self._job.spec.evaluate
+        if self._workers.size > 1:  # each has gathered batch norm's statistics from images of its own
+            for buffer in self._result.buffers():
+                dist.broadcast(buffer, 0)
         metrics = evaluate_model(
             self._result,
             self._evaluated,
@@ -266,14 +318,11 @@ class _Run:
             dist.barrier()
 
     def _calibrate(self) -> None:
-        """Worker 0 measures, the others take its figures."""
+        """Worker 0 measures; the others take its figures when it is evaluated."""
         result = self._result
         if self._is_first:
             batches = self._batches(self._recipe.steps * self._recipe.accumulate, alone=True)
             recalibrate_batch_norm(result, batches, self._recipe.calibration_batches)
-        if self._workers.size > 1:
-            for buffer in result.buffers():
-                dist.broadcast(buffer, 0)
 
     def _write_model(self, name: str, metrics: EvalMetrics | None) -> None:
         """<out>/<name>.safetensors, which `masklake infer` takes."""
@@ -293,8 +342,28 @@ class _Run:
             "metrics": None if metrics is None else {"bbox": dict(metrics.bbox), "segm": dict(metrics.segm)},
             "versions": {package: version(package) for package in VERSIONED},
         }
-        content = dump_checkpoint(self._result, record.name, provenance=provenance)
+        dtype = _DTYPES[self._job.spec.out.dtype]
+        content = dump_checkpoint(self._result, record.name, dtype=dtype, provenance=provenance)
         self._job.storage.write_bytes(f"{self._job.out_uri}/{name}.safetensors", content)
+
+
+@dataclass(frozen=True)
+class _Taken:
+    """A step that nobody has looked at yet: its number, images, loss and norm of the gradients."""
+
+    step: int
+    names: Sequence[str]
+    loss: Tensor
+    norm: Tensor
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in _OUT_OF_MEMORY)
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _SHOWN_NAMES} more" if len(names) > _SHOWN_NAMES else ""
+    return ", ".join(names[:_SHOWN_NAMES]) + more
 
 
 class _Meter:

@@ -5,8 +5,9 @@ Enters: this worker's tensors. Leaves: sums over all of them. With one worker no
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -34,6 +35,14 @@ class Workers:
         if self.size > 1:
             dist.all_reduce(packed)
         return dict(zip(values, packed.unbind(), strict=True))
+
+    def gather(self, names: Sequence[str]) -> list[str]:
+        """The names that all workers have, in the order of their ranks; for the way to an error."""
+        if self.size == 1:
+            return list(names)
+        found: list[Any] = [None] * self.size
+        dist.all_gather_object(found, list(names))
+        return [name for part in found for name in part]
 
     def from_first(self, number: int) -> int:
         """The number that worker 0 has."""

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -87,7 +87,11 @@ class RayCluster:
         return self._start([f"--address={self.address}"], num_cpus, 100_000_000)
 
     def driver(self, job: Job, env: Mapping[str, str] | None = None) -> RayDriver:
-        return RayDriver(job, {**self.env, **(env or {})}, self.folder)
+        return self.run("jobs.infer", job.argv()[1:], env)
+
+    def run(self, module: str, argv: Sequence[str], env: Mapping[str, str] | None = None) -> RayDriver:
+        """`python -m module …`, which finds the cluster by itself."""
+        return RayDriver([sys.executable, "-m", module, *argv], {**self.env, **(env or {})}, self.folder)
 
     def stop(self) -> None:
         for node in reversed(self.nodes):
@@ -120,16 +124,16 @@ class RayCluster:
 
 
 class RayDriver:
-    """`python -m jobs.infer` on a cluster."""
+    """A command on a cluster, and what it prints."""
 
     _count = 0
 
-    def __init__(self, job: Job, env: dict[str, str], folder: Path) -> None:
+    def __init__(self, argv: Sequence[str], env: dict[str, str], folder: Path) -> None:
         RayDriver._count += 1
         self._outputs = [folder / f"driver-{self._count}.{name}" for name in ("out", "err")]
         with self._outputs[0].open("wb") as stdout, self._outputs[1].open("wb") as stderr:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "jobs.infer", *job.argv()[1:]],
+                argv,
                 env=env,
                 cwd=folder,
                 stdout=stdout,
@@ -140,6 +144,11 @@ class RayDriver:
     @property
     def runs(self) -> bool:
         return self._process.poll() is None
+
+    @property
+    def stderr(self) -> str:
+        """What it has said so far."""
+        return self._outputs[1].read_text()
 
     def kill(self) -> None:
         self._process.kill()

@@ -33,6 +33,15 @@ def test_a_box_that_nobody_empties_drops_the_oldest_and_says_how_many() -> None:
     assert box.take() == []
 
 
+def test_the_first_end_that_is_told_counts() -> None:
+    box = LetterBox()
+    assert not box.has_ended()
+    for status in ("the loss is nan", "done"):
+        box.put(Letter("ended", (status,)))
+    assert box.take() == [Letter("ended", ("the loss is nan",))]
+    assert box.has_ended()
+
+
 @pytest.mark.usefixtures("local_ray")
 def test_what_a_worker_tells_its_watcher_the_driver_s_watcher_hears_in_order() -> None:
     evaluation = EvalMetrics(2, {"AP": 0.5}, {"AP": 0.25})

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +14,11 @@ import torch
 import torch.distributed as dist
 from torch.multiprocessing.spawn import start_processes
 
+from jobs.train.batches import TrainingBatch
 from jobs.train.metrics import EvalMetrics, StepMetrics
 from jobs.train.state import TrainingStateError
-from jobs.train.worker import DivergedError, WorkerJob, train
+from jobs.train.step import Stepper
+from jobs.train.worker import DivergedError, TrainingMemoryError, WorkerJob, train
 from jobs.train.workers import Workers
 from maskrcnn_core.checkpoint import parse_checkpoint
 from tests.train.conftest import MakeJob, MakeSpec
@@ -80,10 +84,74 @@ def test_what_a_run_leaves_behind_can_be_used(
     assert described["coco"].endswith("annotations.json")
 
 
-def test_a_loss_that_is_no_number_ends_the_run_in_words(make_spec: MakeSpec, make_job: MakeJob) -> None:
-    spec = make_spec(recipe={"learning_rate": 1e20, "steps": 3, "warmup_steps": 0, "clip_norm": 0})
-    with pytest.raises(DivergedError, match=r"the loss is (nan|inf) at step 3; lower recipe.learning_rate"):
+def test_a_loss_that_is_no_number_is_told_with_its_step_its_images_and_the_last_good_checkpoint(
+    make_spec: MakeSpec, make_job: MakeJob, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is looked for every 20 steps; the first step that had one is named."""
+    seen: list[Sequence[str]] = []
+    step = Stepper.step
+
+    def take_step(stepper: Stepper, passes: Sequence[TrainingBatch], number: int) -> Any:
+        seen.append([name for batch in passes for name in batch.names])
+        terms, norm = step(stepper, passes, number)
+        if number == 2:
+            terms = {name: term * float("nan") for name, term in terms.items()}
+        return terms, norm
+
+    monkeypatch.setattr(Stepper, "step", take_step)
+    spec = make_spec(checkpoint={"every_steps": 2, "every_s": 1e6})
+    with pytest.raises(DivergedError) as caught:
         train(make_job(spec), ALONE, RecordingWatcher())
+    told = str(caught.value)
+    assert len(seen) == 4  # it was noticed before the next checkpoint
+    assert told.startswith("the loss is nan at step 3; lower recipe.learning_rate")
+    assert f"its images: {', '.join(seen[2])}. The last good checkpoint is file://" in told
+    assert told.endswith("/run/checkpoints/step-00000002.safetensors")
+
+
+def test_a_rate_that_is_far_too_high_ends_the_run(make_spec: MakeSpec, make_job: MakeJob) -> None:
+    spec = make_spec(recipe={"learning_rate": 1e20, "steps": 3, "warmup_steps": 0, "clip_norm": 0})
+    with pytest.raises(DivergedError, match=r"(the loss is (nan|inf)|not finite) at step [23]; lower recipe"):
+        train(make_job(spec), ALONE, RecordingWatcher())
+
+
+def test_a_step_that_takes_more_memory_than_there_is_names_its_images_and_the_settings(
+    make_spec: MakeSpec, make_job: MakeJob, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def allocate(*_: Any) -> None:
+        torch.empty(1 << 60, dtype=torch.uint8)  # no machine has it: torch's own error
+
+    monkeypatch.setattr(Stepper, "step", allocate)
+    with pytest.raises(TrainingMemoryError) as caught:
+        train(make_job(make_spec(recipe={"total_batch": 2})), ALONE, RecordingWatcher())
+    told = str(caught.value)
+    assert re.match(r"step 1 takes more memory than there is: 2 images of \d+x\d+ px", told)
+    assert len(re.findall(r"scene-\d+", told)) == 2
+    for setting in ("recipe.accumulate", "recipe.total_batch", "recipe.shorter_sides"):
+        assert setting in told
+
+
+def test_another_error_of_torch_stays_what_it_is(
+    make_spec: MakeSpec, make_job: MakeJob, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> None:
+        torch.zeros(2) @ torch.zeros(3)
+
+    monkeypatch.setattr(Stepper, "step", fail)
+    with pytest.raises(RuntimeError, match="inconsistent tensor size"):
+        train(make_job(make_spec()), ALONE, RecordingWatcher())
+
+
+def test_weights_are_stored_in_half_precision_where_that_is_asked_for(
+    make_spec: MakeSpec, make_job: MakeJob, tmp_path: Path
+) -> None:
+    out = {"uri": str(tmp_path / "run"), "dtype": "fp16"}
+    train(
+        make_job(make_spec(recipe={"steps": 1, "calibration_batches": 0}, out=out)), ALONE, RecordingWatcher()
+    )
+    model = parse_checkpoint((tmp_path / "run/model.safetensors").read_bytes(), "model")
+    assert {value.dtype for value in model.weights.values() if value.is_floating_point()} == {torch.float16}
+    assert model.build().config.preset == "lite"
 
 
 def test_a_run_without_a_whole_checkpoint_is_refused(
