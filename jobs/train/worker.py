@@ -207,6 +207,8 @@ class _Run:
     def _check_finite(self) -> None:
         """Look at the steps since the last look; the first that went wrong is the one to name."""
         taken, self._unchecked = self._unchecked, []
+        if not taken:
+            return
         values = torch.stack([torch.stack([step.loss, step.norm]) for step in taken]).tolist()
         for step, (loss, norm) in zip(taken, values, strict=True):
             if not math.isfinite(loss) or not math.isfinite(norm):

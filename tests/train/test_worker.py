@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch.multiprocessing.spawn import start_processes
 
+from jobs.train import worker
 from jobs.train.batches import TrainingBatch
 from jobs.train.metrics import EvalMetrics, StepMetrics
 from jobs.train.state import TrainingStateError
@@ -107,6 +108,16 @@ def test_a_loss_that_is_no_number_is_told_with_its_step_its_images_and_the_last_
     assert told.startswith("the loss is nan at step 3; lower recipe.learning_rate")
     assert f"its images: {', '.join(seen[2])}. The last good checkpoint is file://" in told
     assert told.endswith("/run/checkpoints/step-00000002.safetensors")
+
+
+def test_a_checkpoint_may_fall_on_a_step_that_was_looked_at(
+    make_spec: MakeSpec, make_job: MakeJob, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(worker, "_CHECK_EVERY_STEPS", 2)
+    spec = make_spec(
+        recipe={"steps": 3, "calibration_batches": 0}, checkpoint={"every_steps": 2, "every_s": 1e6}
+    )
+    assert train(make_job(spec), ALONE, RecordingWatcher()).step == 3
 
 
 def test_a_rate_that_is_far_too_high_ends_the_run(make_spec: MakeSpec, make_job: MakeJob) -> None:
