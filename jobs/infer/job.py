@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 from typing import NoReturn
 
 from cluster.session import cluster_address, connect, shutdown
-from jobs.infer.read import ShardTask, Tasks
+from jobs.infer.read import Tasks
 from jobs.infer.rows import Lineage
 from jobs.lake.done_images import DoneImages, LabelFile
 from jobs.lake.labels_table import LabelsTable
@@ -116,7 +116,7 @@ def plan(job: Job, shards: Iterable[Shard]) -> tuple[Tasks, LabelsTable | None]:
         done = DoneImages((), job.source_uri, (), _no_keys)
     index = load_shard_index(job.storage, job.lake_uri, job.source_uri, job.model_id) if table else {}
     left = plan_failed(shards, done) if failures.retry_only else plan_shards(shards, done, index)
-    return Tasks(ShardTask(shard, skip) for shard, skip in left), table
+    return Tasks(left), table
 
 
 def _no_keys(file: LabelFile) -> NoReturn:

@@ -26,7 +26,14 @@ from jobs.lake.fragments import PARTITION_COLUMN, labels_uri
 from jobs.lake.storage import CORRUPT_TRIES, CorruptObjectError, ObjectInfo, Storage
 from jobs.lake.time_limit import HungCallError, within
 from schemas.errors import SchemaMismatchError, StorageError, UsageError
-from schemas.labels import LABEL_SCHEMA, LABEL_SCHEMA_VERSION, ErrorKind, Status, check_labels
+from schemas.labels import (
+    ADDED_COLUMNS,
+    LABEL_SCHEMA,
+    LABEL_SCHEMA_VERSION,
+    ErrorKind,
+    Status,
+    check_labels,
+)
 
 _VERSION_PROPERTY = "masklake.label_schema_version"
 _PROPERTIES = {
@@ -38,6 +45,7 @@ _PROPERTIES = {
     "delta.checkpointInterval": "25",
     _VERSION_PROPERTY: str(LABEL_SCHEMA_VERSION),
 }
+_READABLE_VERSIONS = [str(version) for version in range(1, LABEL_SCHEMA_VERSION + 1)]
 _RANGE_COLUMNS = ("image_id", "source", "shard", "status", "error_kind")
 # A file's keys are some KiB beside megabytes of masks, which Storage's own buffer would fetch with them.
 _READ_BUFFER_BYTES = 64 << 10
@@ -89,7 +97,9 @@ class LabelsTable:
 
     @classmethod
     def open_or_create(cls, lake_uri: str, storage: Storage) -> "LabelsTable":
-        """Open the label table of a lake, made empty if there is none. Several may try at once."""
+        """Open the label table of a lake to write to it: made empty if there is none, brought up to this
+        label schema if it is of an earlier one. Several may try at once.
+        """
         uri = labels_uri(storage.normalize(lake_uri))
         create = partial(
             DeltaTable.create,
@@ -114,7 +124,9 @@ class LabelsTable:
             except UsageError:
                 message = f"cannot create the label table at {uri}: {first_line(error)}"
                 raise StorageError(message) from error
-        return cls(uri, storage)
+        table = cls(uri, storage)
+        table._upgrade()
+        return table
 
     @property
     def delta(self) -> DeltaTable:
@@ -249,19 +261,43 @@ class LabelsTable:
                 f"the label table at {self.uri} has no version {version}; its newest is {newest}"
             )
         metadata = delta.metadata()
-        written = metadata.configuration.get(_VERSION_PROPERTY)
-        if written not in (None, str(LABEL_SCHEMA_VERSION)):
+        written = metadata.configuration.get(_VERSION_PROPERTY, str(LABEL_SCHEMA_VERSION))
+        if written not in _READABLE_VERSIONS:
             raise SchemaMismatchError(
                 f"the table at {self.uri} has label schema version {written}; this masklake reads "
-                f"{LABEL_SCHEMA_VERSION}. Use the masklake that wrote it, or another lake."
+                f"{' and '.join(_READABLE_VERSIONS)}. Use the masklake that wrote it, or another lake."
             )
         if metadata.partition_columns != [PARTITION_COLUMN]:
             raise SchemaMismatchError(
                 f"the table at {self.uri} is partitioned by {metadata.partition_columns}, not by "
                 f"[{PARTITION_COLUMN!r}]: it is not a label table. Give another lake."
             )
-        check_labels(_arrow_schema(delta), f"the table at {self.uri}")
+        check_labels(_arrow_schema(delta), f"the table at {self.uri}", int(written))
         return delta
+
+    def _upgrade(self) -> None:
+        """Add what tables of earlier versions lack. Files stay as they are: a column they lack is null.
+
+        Two commits, one for the columns and one that says so. One that another run makes first fails here.
+        """
+        for _ in range(2):
+            missing = [name for name in ADDED_COLUMNS if name not in _arrow_schema(self._delta).names]
+            written = self._delta.metadata().configuration.get(_VERSION_PROPERTY)
+            if not missing and written in (None, str(LABEL_SCHEMA_VERSION)):
+                return
+            fields = Schema.from_arrow(pa.schema([LABEL_SCHEMA.field(name) for name in missing])).fields
+            version = {_VERSION_PROPERTY: str(LABEL_SCHEMA_VERSION)}
+            try:
+                if missing:
+                    self.ask("adding columns", lambda delta: delta.alter.add_columns(fields))  # noqa: B023
+                self.ask("saying so", lambda delta: delta.alter.set_table_properties(version, False))  # noqa: B023
+            except Exception as error:  # as above; another run may have been first
+                failure = error
+            self.reopen()
+        raise StorageError(
+            f"the label table at {self.uri} could not be brought up to label schema version "
+            f"{LABEL_SCHEMA_VERSION}: {first_line(failure)}. Nothing is lost; run the same command again."
+        )
 
     def _open(self, version: int | None) -> tuple[DeltaTable, int]:
         """The log at a version, where there is such a one, and the newest version."""
