@@ -38,6 +38,7 @@ from jobs.lake.compact import run_compaction
 from jobs.lake.labels_table import LabelsTable, first_line
 from jobs.lake.lease import Lease
 from jobs.lake.listing import Listing
+from jobs.lake.model_ids import record_model_id
 from jobs.lake.shard_index import save_shard_index
 from jobs.lake.shards import Shard
 from schemas.errors import FailureBudgetExceeded, MasklakeError, StorageError
@@ -122,6 +123,7 @@ def run_job(
         job.storage, job.lake_uri, app_id(job.source_uri, job.model_id), holder, LEASE_TTL_S
     ) as lease:
         table = LabelsTable.open_or_create(job.lake_uri, job.storage)
+        record_model_id(job.storage, job.lake_uri, job.record)
         committer = Committer(
             DeltaStore(table),
             app_id(job.source_uri, job.model_id),

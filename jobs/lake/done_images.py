@@ -94,7 +94,9 @@ TO_DO = (Standing.NEW, Standing.RETRY, Standing.CHANGED)
 
 @dataclass(frozen=True)
 class Known:
-    """Of objects, in their order: each one's Standing (N,), and the content_hash of its row, if any (N,)."""
+    """Of objects, in their order: each one's Standing (N,), and the content_hash of its row (N,), where it has
+    one that is not to be tried again.
+    """
 
     standing: NDArray[np.int8]
     content_hash: pa.ChunkedArray[Any]
@@ -371,7 +373,8 @@ def _known(rows: pa.Table, places: Any, objects: ObjectTable) -> Known:
     standing = of_rows.fill_null(pa.scalar(int(Standing.NEW), pa.int8())).to_numpy().copy()
     is_other = _is_other(rows["version"].take(places), objects.columns["version"]).to_numpy()
     standing[is_other & (standing != Standing.NEW)] = Standing.CHANGED
-    return Known(standing, rows["hash"].take(places))
+    of_done: Any = pc.if_else(rows["done"], rows["hash"], pa.scalar(None, pa.binary(16)))
+    return Known(standing, of_done.take(places))
 
 
 def _num_rows(files: Iterable[LabelFile]) -> int:
