@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, BeforeValidator, Field, Strict, model_validator
 
-from schemas.spec_fields import Flag, Fraction, Name, Section, Uri, _parse_fraction
+from schemas.spec_fields import Flag, Fraction, Name, Section, Uri, parse_fraction
 from schemas.spec_problems import Wanted
 
 
@@ -26,14 +26,14 @@ Share = Annotated[
     float,
     Strict(),
     Field(ge=0, le=1),
-    BeforeValidator(_parse_fraction, json_schema_input_type=float | str),
+    BeforeValidator(parse_fraction, json_schema_input_type=float | str),
     Wanted("a share such as 5% or 0.05"),
 ]
 Change = Annotated[
     float,
     Strict(),
     Field(ge=0, allow_inf_nan=False),
-    BeforeValidator(_parse_fraction, json_schema_input_type=float | str),
+    BeforeValidator(parse_fraction, json_schema_input_type=float | str),
     Wanted("a share such as 20% or 0.2, 0 or more"),
 ]
 MatchIou = Annotated[float, Strict(), Field(gt=0, le=1), Wanted("a number above 0, at most 1")]

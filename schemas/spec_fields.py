@@ -28,7 +28,7 @@ def _parse_bytes(value: object) -> object:
     return value
 
 
-def _parse_fraction(value: object) -> object:
+def parse_fraction(value: object) -> object:
     """Take "1%" as 0.01; whatever is not understood goes on to the number type, which refuses it."""
     if isinstance(value, str) and (match := re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?) ?%", value.strip())):
         return float(Decimal(match[1]) / 100)
@@ -92,7 +92,7 @@ Bytes = Annotated[
 Budget = Annotated[
     Annotated[int, Strict(), Field(ge=0, le=_LARGEST)]
     | Annotated[float, Strict(), Field(ge=0, le=1, allow_inf_nan=False)],
-    BeforeValidator(_parse_fraction, json_schema_input_type=int | float | str),
+    BeforeValidator(parse_fraction, json_schema_input_type=int | float | str),
     Wanted("a share such as 1% or 0.01, or a number of images such as 500"),
 ]
 Auto = Literal["auto"]

@@ -5,9 +5,7 @@ Enters: a checkpoint, a name, a lake. Leaves: versions and moves of aliases, and
 
 from __future__ import annotations
 
-import getpass
 import json
-import os
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -89,13 +87,13 @@ def alias(
     as_json: Json = False,
 ) -> None:
     """Let an alias mean a version from now on; the history of its moves is kept."""
-    from jobs.lake.aliases import Aliases, open_version
+    from jobs.lake.aliases import Aliases, login, open_version
     from jobs.lake.storage import Storage
 
     storage = Storage(StorageSpec(endpoint_url=endpoint_url))
     storage.check_reachable(lake, "lake")
     aliases = Aliases(lake, storage)
-    move = aliases.move(alias, open_version(model, storage, lake), _login() if by is None else by, why)
+    move = aliases.move(alias, open_version(model, storage, lake), login() if by is None else by, why)
     before = next((one.model for one in aliases.history(alias) if one.number < move.number), None)
     if as_json:
         print(json.dumps(asdict(move) | {"before": before}))
@@ -190,10 +188,3 @@ def _print_table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
     for row in rows:
         table.add_row(*(Text(str(cell)) for cell in row))
     Console().print(table)
-
-
-def _login() -> str:
-    try:
-        return getpass.getuser()
-    except (OSError, KeyError):  # a container's user need not have a name
-        return f"uid {os.getuid()}"

@@ -11,7 +11,9 @@ Of two movers at once each gets a number, and the larger one counts.
 
 from __future__ import annotations
 
+import getpass
 import json
+import os
 import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -154,6 +156,14 @@ def open_version(reference: str, storage: Storage, lake_uri: str) -> ModelVersio
     if reference.startswith(PREFIX):
         reference = Aliases(lake_uri, storage).newest(reference.removeprefix(PREFIX)).model
     return ModelRegistry(lake_uri, storage).open(reference)
+
+
+def login() -> str:
+    """Who runs this process: what `by` is where nobody says."""
+    try:
+        return getpass.getuser()
+    except (OSError, KeyError):  # a container's user need not have a name
+        return f"uid {os.getuid()}"
 
 
 def _check_name(alias: str) -> None:

@@ -94,8 +94,8 @@ TO_DO = (Standing.NEW, Standing.RETRY, Standing.CHANGED)
 
 @dataclass(frozen=True)
 class Known:
-    """Of objects, in their order: each one's Standing (N,), and the content_hash of its row (N,), where it has
-    one that is not to be tried again.
+    """Of objects, in their order: each one's Standing (N,), and the content_hash of its row (N,), where that
+    is there and not to be tried again.
     """
 
     standing: NDArray[np.int8]

@@ -193,7 +193,7 @@ class LabelsTable:
         return sorted({file.model_id for file in self.files()})
 
     def newest_row_at(self) -> datetime | None:
-        """When the newest row of this version was made, to the millisecond that the log keeps; None: no row."""
+        """When the newest row was made, to the millisecond that the log keeps of it; None: no row."""
         actions = pa.table(self._delta.get_add_actions(flatten=True))
         if "max.labeled_at" not in actions.column_names:
             return None

@@ -155,6 +155,7 @@ def _pictures(
     old, new = (
         _labels(table, diff.source, model_id, ids) for model_id in (diff.old_model_id, diff.new_model_id)
     )
+    storage.check_reachable(source.uri, "source")
     shards = {row["shard"] for row in (*old.values(), *new.values())}
     left = {image_id for image_id in ids if image_id in old and image_id in new}
     for shard in list_shards(source, storage):

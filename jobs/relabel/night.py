@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
 from jobs.infer.job import Job, prepare
-from jobs.lake.current import current_of, read_current
+from jobs.lake.current import current_of, history, read_current
 from jobs.lake.labels_table import LabelsTable
 from jobs.lake.model_ids import check_categories, read_model_id
 from jobs.lake.shard_index import load_shard_index
@@ -61,13 +61,15 @@ class Night:
     """The passes of one run.
 
     current: the model_id whose labels count before it, None where there are none. is_promoted: the table says
-    so, and it is not only that nobody else labelled the source. unlabelled: the current model, where it
-    cannot label what is new. notes: for people.
+    so, and it is not only that nobody else labelled the source. rolled_back: who took the job's model back
+    from the source and when, if that was the last switch. unlabelled: the current model, where it cannot
+    label what is new. notes: for people.
     """
 
     job: Job
     current: str | None = None
     is_promoted: bool = False
+    rolled_back: str | None = None
     unlabelled: str | None = None
     passes: list[Pass] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -90,6 +92,7 @@ def plan_night(spec: RelabelSpec, job: Job) -> Night:
         _check_clock(table)
         night.current = current_of(table, job.source_uri)
         night.is_promoted = job.source_uri in read_current(table)
+        night.rolled_back = _rolled_back(table, job)
     others = night.current if night.current != job.model_id else None
     if table is not None and others is not None:
         record = read_model_id(job.storage, job.lake_uri, others)
@@ -102,6 +105,15 @@ def plan_night(spec: RelabelSpec, job: Job) -> Night:
             night.unlabelled = others
     night.passes.append(Pass(spec, job, others))
     return night
+
+
+def _rolled_back(table: LabelsTable, job: Job) -> str | None:
+    for switch in history(table):
+        if job.source_uri in switch.sources:
+            _, before = switch.sources[job.source_uri]
+            is_ours = before is not None and before.model_id == job.model_id
+            return f"{switch.by}, {switch.at}" if switch.event == "rollback" and is_ours else None
+    return None
 
 
 def open_table(job: Job) -> LabelsTable | None:

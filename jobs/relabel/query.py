@@ -104,7 +104,7 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 def _in_words(error: Exception) -> MasklakeError:
     """DuckDB's message, without its drawing of the place; a file that cannot be read is not the user's."""
     text = str(error).split("\n\n", 1)[0]
-    is_storage = isinstance(error, OSError) or "arrow_scan" in text
+    is_storage = isinstance(error, OSError) or "reading the stream registered as" in text
     return StorageError(f"reading labels failed: {text}") if is_storage else UsageError(f"the query: {text}")
 
 

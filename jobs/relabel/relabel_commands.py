@@ -107,6 +107,8 @@ def _print_summary(summary: RelabelSummary) -> None:
     }
     print(f"{summary.images:,} images labelled in {summary.seconds:.1f} s: {texts[summary.status]}.")
     print(f"current  {summary.current or 'none yet'}")
+    if summary.report is not None:
+        print(f"report   {summary.report}")
     if summary.version is not None:
         print(f"table    {summary.lake}/labels at version {summary.version}")
 

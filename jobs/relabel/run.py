@@ -32,6 +32,7 @@ from jobs.lake.lease import Lease
 from jobs.lake.listing import Listing
 from jobs.lake.shards import Shard
 from jobs.relabel.diff import diff_models
+from jobs.relabel.diff_report import write_diff_report
 from jobs.relabel.gate import judge, measure_ap, raise_if_refused
 from jobs.relabel.night import Night, Pass, open_table, plan_night
 from jobs.relabel.upkeep import Upkeep
@@ -61,7 +62,8 @@ class RelabelSummary:
     """What a run did; <lake>/runs/<run_id>/relabel.json.
 
     status: promoted | up_to_date | limited (the rest is for the next run) | complete (and not promoted, as
-        the spec wants) | refused | failed. current: whose labels count after it.
+        the spec wants) | refused | failed. current: whose labels count after it. report: of the comparison
+        with those that counted before.
     """
 
     run_id: str
@@ -73,6 +75,7 @@ class RelabelSummary:
     current: str | None = None
     passes: list[PassSummary] = field(default_factory=list)
     rules: list[dict[str, Any]] = field(default_factory=list)
+    report: str | None = None
     version: int | None = None
     seconds: float = 0.0
     error: str | None = None
@@ -140,6 +143,9 @@ class _Run:
             self.watcher.note(note)
         if night.unlabelled is not None:
             self._note_removed(night.unlabelled)
+        if night.current not in (None, self.job.model_id) and not night.is_promoted:
+            # Readers would not know whose labels count once two models have some.
+            self._promote(open_table(self.job), night.current, None, "it was the only model so far")
         for part in night.passes:
             if self._label(part).status == "limited":
                 self.summary.status = "limited"
@@ -211,6 +217,11 @@ class _Run:
         if table is None or new not in table.model_ids() or (is_current and night.is_promoted):
             self.summary.status = "up_to_date"
             return
+        if night.rolled_back is not None:
+            raise GateRefused(
+                f"{self.summary.model or new} was rolled back ({night.rolled_back}) and is not promoted "
+                "again; the table stays as it is. Move the alias to another model, or use `masklake promote`."
+            )
         why = "its labels are complete"
         if night.current is not None and not is_current:
             self._pass_gate(table, night.current)
@@ -218,10 +229,15 @@ class _Run:
         if self.spec.promote == "never":
             self.summary.status = "complete"
             return
-        by = f"masklake relabel, {self.summary.run_id}"
-        self.summary.version = promote(table, [self.job.source_uri], new, self.summary.model, by, why)
+        self._promote(table, new, self.summary.model, why)
         self.summary.status = "up_to_date" if is_current else "promoted"
         self.summary.current = new
+
+    def _promote(self, table: LabelsTable | None, model_id: str | None, model: str | None, why: str) -> None:
+        assert table is not None, "there are no labels"
+        assert model_id is not None
+        by = f"masklake relabel, {self.summary.run_id}"
+        self.summary.version = promote(table, [self.job.source_uri], model_id, model, by, why)
 
     def _pass_gate(self, table: LabelsTable, current: str) -> None:
         job, gate = self.job, self.spec.gate
@@ -235,14 +251,17 @@ class _Run:
             match_iou=gate.match_iou,
             masks=gate.compare_masks,
         )
-        self._write("diff.json", json.dumps(diff.to_dict(), indent=1))
-        old_ap = new_ap = None
+        aps = None
         if gate.annotations is not None:
-            old_ap, new_ap = (
-                measure_ap(gate.annotations, job.lake_uri, model_id, job.storage)
-                for model_id in (current, job.model_id)
+            aps = (
+                measure_ap(gate.annotations, job.lake_uri, current, job.storage),
+                measure_ap(gate.annotations, job.lake_uri, job.model_id, job.storage),
             )
-        results = judge(diff, gate, old_ap, new_ap)
+        results = judge(diff, gate, *(aps or (None, None)))
+        folder = f"{job.lake_uri}/runs/{self.summary.run_id}"
+        self.summary.report = write_diff_report(
+            folder, job.storage, diff, table, self.spec.source, results, aps
+        )
         self.summary.rules = [asdict(result) for result in results]
         for result in results:
             self.watcher.note(f"{'passed' if result.passed else 'failed'}: {result.text}")

@@ -6,9 +6,7 @@ in which another model's labels are current.
 
 from __future__ import annotations
 
-import getpass
 import json
-import os
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Annotated
@@ -104,7 +102,7 @@ def promote(
 ) -> None:
     """Make a model's labels the current ones, in one step: readers see the old ones or the new, whole."""
     from jobs.lake import current
-    from jobs.lake.aliases import PREFIX, open_version
+    from jobs.lake.aliases import PREFIX, login, open_version
     from jobs.lake.labels_table import LabelsTable
     from jobs.lake.model_ids import resolve
     from jobs.lake.storage import Storage
@@ -123,7 +121,7 @@ def promote(
         _check_complete(table, sources, model_id)
     before = table.version
     model = None if reference == model_id else reference
-    version = current.promote(table, sources, model_id, model, _who(by), why)
+    version = current.promote(table, sources, model_id, model, by or login(), why)
     _print_current(table, sources, version, version > before, as_json)
 
 
@@ -138,6 +136,7 @@ def rollback(
 ) -> None:
     """Make the labels of the model before current again; once more goes back one more."""
     from jobs.lake import current
+    from jobs.lake.aliases import login
     from jobs.lake.labels_table import LabelsTable
     from jobs.lake.storage import Storage
 
@@ -153,7 +152,7 @@ def rollback(
             )
         )
     sources = sorted(said) if only is None else [only]
-    version = current.rollback(table, sources, _who(by), why)
+    version = current.rollback(table, sources, by or login(), why)
     _print_current(table, sources, version, True, as_json)
 
 
@@ -250,12 +249,3 @@ def _parse_time(text: str | None) -> datetime | None:
             f"--at {text}: wanted a time such as 2026-11-23T02:00:00+01:00 ({error})."
         ) from error
     return moment if moment.tzinfo else moment.replace(tzinfo=UTC)
-
-
-def _who(by: str | None) -> str:
-    if by is not None:
-        return by
-    try:
-        return getpass.getuser()
-    except (OSError, KeyError):  # a container's user need not have a name
-        return f"uid {os.getuid()}"

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from jobs.cli import main
-from jobs.export.registry_commands import _login
+from jobs.lake.aliases import login
 from jobs.lake.commit import Committer, DeltaStore, app_id
 from jobs.lake.fragments import write_fragment
 from jobs.lake.labels_table import LabelsTable
@@ -191,4 +191,4 @@ def test_a_user_without_a_name_is_known_by_number(monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(getpass, "getuser", no_name)
     monkeypatch.setattr("os.getuid", lambda: 4711)
-    assert _login() == "uid 4711"
+    assert login() == "uid 4711"

@@ -167,7 +167,7 @@ def test_a_compaction_and_a_checkpoint_leave_it_as_it_is(
     add_labels(table, storage, make_rows(["m"], A))
     commit_compaction(table, [merge_group(group, lake, storage) for group in plan_compaction(table)])
     table.delta.create_checkpoint()
-    again = LabelsTable.open(lake, storage)
+    again = LabelsTable.open_or_create(lake, storage)
     assert (again.version, current_of(again, SOURCE)) == (4, A)
     assert [switch.version for switch in history(again)] == [2]
 

@@ -31,6 +31,11 @@ def table(lake: str, storage: Storage, make_rows: MakeRows, add_labels: AddLabel
     return table
 
 
+@pytest.fixture
+def empty(lake: str, storage: Storage) -> LabelsTable:
+    return LabelsTable.open_or_create(lake, storage)
+
+
 def spark_string(literal: str) -> str:
     """What Spark makes of a literal, by its reference: \\uXXXX, and any other character after a backslash.
 
@@ -82,9 +87,9 @@ def test_trinos_text_means_the_same(table: LabelsTable) -> None:
     assert run(table, text, "lakes.current_labels") == sorted(WANTED)
 
 
-def test_spark_reads_s3_by_the_name_of_its_open_source_client(table: LabelsTable) -> None:
-    table.uri = "s3://bucket/la`ke/labels"  # where it says it is; only its columns are asked for
-    assert "delta.`s3a://bucket/la``ke/labels`" in sql_text(table, MODELS, Engine.SPARK)
+def test_spark_reads_s3_by_the_name_of_its_open_source_client(empty: LabelsTable) -> None:
+    empty.uri = "s3://bucket/la`ke/labels"  # where it says it is; only its columns are asked for
+    assert "delta.`s3a://bucket/la``ke/labels`" in sql_text(empty, MODELS, Engine.SPARK)
 
 
 def test_a_source_is_named_once_for_its_model() -> None:
@@ -105,12 +110,12 @@ def test_a_source_is_named_once_for_its_model() -> None:
     ],
 )
 def test_names_that_cannot_be_are_refused(
-    engine: Engine, view: str, name: str | None, message: str, table: LabelsTable
+    engine: Engine, view: str, name: str | None, message: str, empty: LabelsTable
 ) -> None:
     with pytest.raises(UsageError, match=message):
-        sql_text(table, MODELS, engine, view, name)
+        sql_text(empty, MODELS, engine, view, name)
 
 
-def test_a_source_that_would_command_the_terminal_is_refused(table: LabelsTable) -> None:
+def test_a_source_that_would_command_the_terminal_is_refused(empty: LabelsTable) -> None:
     with pytest.raises(UsageError, match="not printable"):
-        sql_text(table, {"s3://x\x1b[2J": A}, Engine.DUCKDB)
+        sql_text(empty, {"s3://x\x1b[2J": A}, Engine.DUCKDB)

@@ -43,12 +43,11 @@ def run_json(table: LabelsTable, *arguments: str) -> dict[str, Any]:
 
 
 def test_two_models_are_compared_and_scored(table: LabelsTable, storage: Storage, tmp_path: Path) -> None:
-    add_rows(
-        table,
-        storage,
-        label_rows({"a.png": [found(1, BOX)], "b.png": []}, OLD),
-        label_rows({"a.png": [], "b.png": [], "c\x1b[31m.png": []}, NEW),
-    )
+    source = f"file://{tmp_path}/photos"
+    old: dict[str, Any] = {"a.png": [found(1, BOX)], "b.png": []}
+    new: dict[str, Any] = {"a.png": [], "b.png": [], "c.png": []}
+    rows = [label_rows(old, OLD, source=source), label_rows(new, NEW, source=source)]
+    add_rows(table, storage, *rows)
     text = run(table, OLD, NEW)
     assert f"old      {OLD}\n" in text
     assert "           2  compared\n" in text

@@ -108,7 +108,7 @@ boxes = st.builds(
 images_of_both = st.lists(st.tuples(st.lists(boxes, max_size=6), st.lists(boxes, max_size=6)), max_size=6)
 
 
-@settings(max_examples=150)
+@settings(max_examples=60)
 @given(images_of_both, st.sampled_from([0.1, 0.5, 0.75, 1.0]), st.sampled_from([1, 7, 1 << 17]))
 def test_pairs_are_those_of_going_through_them_one_by_one(
     images: list[tuple[list[Detection], list[Detection]]], min_iou: float, at_once: int

@@ -1,9 +1,7 @@
-"""`masklake sql | promote | rollback | history`, jobs/relabel/view_commands.py and query.py."""
+"""`masklake sql | promote | rollback | history`, jobs/relabel/view_commands.py."""
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 from pathlib import Path
 from typing import Any
@@ -76,22 +74,6 @@ def test_a_query_sees_the_current_labels_their_detections_and_all_rows(lake: str
     assert run_json("sql", "FROM labels LIMIT 0", "--lake", lake)["rows"] == []
 
 
-def test_values_of_every_kind_can_be_printed(lake: str) -> None:
-    query = (
-        "SELECT labeled_at, content_hash[1:2] AS hash, decode(detections[1].rle) AS rle, detections[2].box AS box,"
-        " NULL AS nothing, 'nan'::DOUBLE AS nan, 1.25::DECIMAL(9, 2) AS money, true AS yes, [1, 2] AS list,"
-        " DATE '2026-11-23' AS day, INTERVAL 1 DAY AS span FROM labels WHERE image_id = 'a'"
-    )
-    (row,) = run_json("sql", query, "--lake", lake)["rows"]
-    box = {"x0": 1.0, "y0": 2.0, "x1": 30.5, "y1": 40.25}
-    assert row[0] == "2023-11-14T22:13:20+00:00"
-    assert len(row[1]) == 4
-    assert row[2:10] == ["rle of a 3", box, None, None, 1.25, True, [1, 2], "2026-11-23"]
-    (line,) = csv.DictReader(io.StringIO(run("sql", query, "--lake", lake, "--csv")))
-    assert json.loads(line["box"]) == box
-    assert (line["rle"], line["nothing"], line["yes"]) == ("rle of a 3", "", "true")
-
-
 def test_a_person_gets_a_table_of_the_first_rows(lake: str) -> None:
     text = run("sql", "SELECT image_id, num_detections AS num FROM labels ORDER BY 1", "--lake", lake)
     assert [line.split() for line in text.splitlines()] == [["image_id", "num"], ["a", "2"], ["b", "2"]]
@@ -99,41 +81,16 @@ def test_a_person_gets_a_table_of_the_first_rows(lake: str) -> None:
     assert text.splitlines()[-2:] == ["49", "the first 50 rows; --csv prints all"]
 
 
-def test_what_would_command_a_terminal_is_shown_as_text(lake: str) -> None:
-    text = run("sql", "SELECT chr(27) || '[2J[bold]' AS \"[red]x\", repeat('y', 999) AS long", "--lake", lake)
-    assert "\x1b" not in text
-    assert "[red]x" in text
-    assert "�[2J[bold]" in text
-    assert text.count("y") == 200
-
-
-@pytest.mark.parametrize(
-    ("query", "message"),
-    [
-        ("SELECT * FROM read_text('{file}')", "Permission Error"),
-        ("SELECT * FROM '{file}'", "does not exist"),
-        ("SELECT * FROM glob('/*')", "Permission Error"),
-        ("SELECT * FROM read_csv('http://127.0.0.1:9/x')", "Permission Error|httpfs"),
-        ("COPY labels TO '{file}'", "not one SELECT, but COPY: it may only read"),
-        ("SELECT 1; COPY labels TO '{file}'", "not one SELECT, but SELECT, COPY"),
-        ("EXPLAIN ANALYZE COPY labels TO '{file}'", "not one SELECT, but EXPLAIN"),
-        ("ATTACH '{file}'", "not one SELECT, but ATTACH"),
-        ("SET enable_external_access = true", "not one SELECT, but SET"),
-        ("INSTALL httpfs", "not one SELECT"),
-        ("CREATE TABLE t AS SELECT 1", "not one SELECT, but CREATE"),
-        ("SELECT * FROM storage", "does not exist"),  # a variable of the program's
-        ("-- nothing", "not one SELECT, but empty"),
-        ("SELEC 1", 'syntax error at or near "SELEC"'),
-        ("SELECT nonsense FROM labels", "nonsense"),
-        ("SELECT 'x'::INT", "Could not convert string 'x'"),
-    ],
-)
-def test_a_query_reads_labels_and_nothing_else(query: str, message: str, lake: str, tmp_path: Path) -> None:
-    file = tmp_path / "secret.csv"
-    file.write_text("a,b\n1,2\n")
-    with pytest.raises(UsageError, match=message):
-        run("sql", query.format(file=file), "--lake", lake, "--csv")
-    assert file.read_text() == "a,b\n1,2\n"
+def test_a_query_reads_labels_and_nothing_else(lake: str) -> None:
+    with pytest.raises(UsageError, match="Permission Error"):
+        run(
+            "sql",
+            f"SELECT * FROM read_text('{lake}/labels/_delta_log/00000000000000000000.json')",
+            "--lake",
+            lake,
+        )
+    with pytest.raises(UsageError, match="not one SELECT, but COPY"):
+        run("sql", f"COPY labels TO '{lake}/x.csv'", "--lake", lake)
 
 
 def test_a_label_file_that_is_gone_is_not_the_users_mistake(lake: str, table: LabelsTable) -> None:

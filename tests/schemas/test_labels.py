@@ -139,7 +139,7 @@ def test_rows_of_a_later_schema_version_are_refused() -> None:
 
 
 def test_a_column_that_came_later_may_be_missing_in_a_table_of_before() -> None:
-    before = LABEL_SCHEMA.remove(LABEL_SCHEMA.get_field_index("object_version")).with_metadata(None)
+    before = LABEL_SCHEMA.remove(LABEL_SCHEMA.get_field_index("object_version")).remove_metadata()
     check_labels(before, "a table", version=1)
     assert "(1 mismatch): column 'object_version' is missing, wanted string." in mismatch(before)
     with pytest.raises(SchemaMismatchError, match="column 'shard' is missing"):
