@@ -86,7 +86,7 @@ class Standing(IntEnum):
     DONE = 1
     FAILED = 2  # and is not to be tried again
     RETRY = 3  # failed, and is to be tried again
-    CHANGED = 4  # its object is another than the one that the row was made from
+    CHANGED = 4  # done or failed, but its object is another than the one that the row was made from
 
 
 TO_DO = (Standing.NEW, Standing.RETRY, Standing.CHANGED)
@@ -372,7 +372,7 @@ def _known(rows: pa.Table, places: Any, objects: ObjectTable) -> Known:
     of_rows: Any = rows["standing"].take(places)
     standing = of_rows.fill_null(pa.scalar(int(Standing.NEW), pa.int8())).to_numpy().copy()
     is_other = _is_other(rows["version"].take(places), objects.columns["version"]).to_numpy()
-    standing[is_other & (standing != Standing.NEW)] = Standing.CHANGED
+    standing[is_other & np.isin(standing, (Standing.DONE, Standing.FAILED))] = Standing.CHANGED
     of_done: Any = pc.if_else(rows["done"], rows["hash"], pa.scalar(None, pa.binary(16)))
     return Known(standing, of_done.take(places))
 

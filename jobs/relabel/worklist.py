@@ -261,8 +261,8 @@ def _compare_objects(keys: duckdb.DuckDBPyConnection, counts: Counts, order: Ord
         f"""
         CREATE TABLE judged AS
         SELECT objects.*, {_UNCERTAINTY if order.uncertain_first else 0} AS uncertainty,
-            CASE WHEN mine.is_live AND {is_other.format(rows="mine")} THEN '{Reason.CHANGED}'
-                WHEN mine.is_live AND mine.is_retried THEN '{Reason.FAILED}'
+            CASE WHEN mine.is_live AND mine.is_retried THEN '{Reason.FAILED}'
+                WHEN mine.is_live AND {is_other.format(rows="mine")} THEN '{Reason.CHANGED}'
                 WHEN mine.is_live AND mine.is_failed THEN '{Reason.GIVEN_UP}'
                 WHEN mine.is_live THEN '{Reason.FRESH}'
                 WHEN current.is_live AND {is_other.format(rows="current")} THEN '{Reason.CHANGED}'
