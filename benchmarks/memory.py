@@ -22,8 +22,9 @@ from PIL import Image
 
 from benchmarks.common.report import arguments, write_report
 from jobs.infer.progress import JsonWatcher
-from jobs.infer.read import ShardTask, UnitReader
+from jobs.infer.read import UnitReader
 from jobs.infer.run import run_infer
+from jobs.lake.plan import ShardTask
 from jobs.lake.sources import list_shards
 from jobs.lake.storage import Storage
 from schemas.spec_loader import load_spec

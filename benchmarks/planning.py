@@ -23,7 +23,7 @@ import pyarrow as pa
 import pyarrow.compute
 
 from benchmarks.common.report import arguments, write_report
-from jobs.infer.read import ShardTask, Tasks
+from jobs.infer.read import Tasks
 from jobs.lake.commit import Committer, DeltaStore, app_id
 from jobs.lake.fragments import write_fragment
 from jobs.lake.labels_table import LabelsTable
@@ -96,7 +96,7 @@ def measure(lake: str, form: str, images: int, missing: bool) -> dict[str, float
         started = time.perf_counter()
         done = LabelsTable.open(lake, storage).done_images(SOURCE, MODEL)
         index = load_shard_index(storage, lake, SOURCE, MODEL)
-        tasks = Tasks(ShardTask(shard, skip) for shard, skip in plan_shards(listing, done, index))
+        tasks = Tasks(plan_shards(listing, done, index))
         seconds = time.perf_counter() - started
     peak_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     if form == "files":

@@ -83,6 +83,11 @@ def cluster_address(address: str | None = None) -> str | None:
     return address or os.environ.get("RAY_ADDRESS") or ("auto" if in_a_job else None)
 
 
+def local_cpus() -> int:
+    """CPUs of a Ray that connect() starts here."""
+    return max(_MIN_LOCAL_CPUS, os.cpu_count() or 1)
+
+
 def shutdown() -> None:
     """Undo one connect(). The last one leaves the cluster, or stops it where it was started here.
 
@@ -113,7 +118,7 @@ def _start_local(num_cpus: int | None) -> None:
         with _native_stderr_dropped():
             ray.init(
                 address="local",
-                num_cpus=max(_MIN_LOCAL_CPUS, num_cpus or os.cpu_count() or 1),
+                num_cpus=num_cpus or local_cpus(),
                 include_dashboard=False,
                 log_to_driver=False,
                 logging_level=logging.ERROR,

@@ -15,6 +15,10 @@ import typer
 
 from jobs.care.cli import app as lake_commands
 from jobs.export.cli import app as model_commands
+from jobs.relabel.diff_command import diff
+from jobs.relabel.relabel_commands import plan, relabel
+from jobs.relabel.schedule_command import schedule
+from jobs.relabel.view_commands import app as view_commands
 from schemas.errors import MasklakeError
 from schemas.labels import ErrorKind
 from schemas.spec_loader import SPECS, json_schema, load_spec
@@ -30,6 +34,11 @@ app = typer.Typer(
 )
 app.add_typer(model_commands)
 app.add_typer(lake_commands)
+app.command()(relabel)
+app.command()(plan)
+app.command()(diff)
+app.command()(schedule)
+app.add_typer(view_commands)
 
 Overrides = Annotated[
     list[str], typer.Option("--set", help="override one setting of the spec: --set pool.batch_size=16")
@@ -46,7 +55,7 @@ def infer(
         Path | None, typer.Argument(help="spec file (YAML); flags and --set override it")
     ] = None,
     source: Annotated[str | None, typer.Option(help="images: folder, bucket prefix or list")] = None,
-    model: Annotated[str | None, typer.Option(help="checkpoint (.safetensors), or demo")] = None,
+    model: Annotated[str | None, typer.Option(help="checkpoint, demo, alias:NAME or registry:NAME@N")] = None,
     lake: Annotated[str | None, typer.Option(help="where the tables are")] = None,
     retry_failed: Annotated[
         list[str],

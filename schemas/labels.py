@@ -14,7 +14,9 @@ import pyarrow as pa
 
 from schemas.errors import SchemaMismatchError
 
-LABEL_SCHEMA_VERSION = 1
+LABEL_SCHEMA_VERSION = 2
+# Columns that tables of an earlier version lack, and the version that has them first.
+ADDED_COLUMNS = {"object_version": 2}
 _VERSION_KEY = b"masklake.label_schema_version"
 
 
@@ -76,6 +78,12 @@ LABEL_SCHEMA: pa.Schema = pa.schema(
         _field("source", pa.string(), "URI of the source", nullable=False),
         _field("shard", pa.string(), "the shard that held the image", nullable=False),
         _field(
+            "object_version",
+            pa.string(),
+            "what the store called this state of the object that held the image; null: not known",
+            nullable=True,
+        ),
+        _field(
             "content_hash", pa.binary(16), "BLAKE2b-128 of the encoded bytes; null: not read", nullable=True
         ),
         _field("width", pa.int32(), "after EXIF orientation; null: not decoded", "px", nullable=True),
@@ -99,18 +107,24 @@ LABEL_SCHEMA: pa.Schema = pa.schema(
 )
 
 
-def check_labels(schema: pa.Schema, where: str) -> None:
+def check_labels(schema: pa.Schema, where: str, version: int = LABEL_SCHEMA_VERSION) -> None:
     """Compare a schema with LABEL_SCHEMA. Columns may come in any order, fields of a struct may not.
 
     Args:
         schema: of the rows or of the table in question.
         where: what it belongs to, for the message: "fragment 00017", a table's URI.
+        version: columns that are younger may be missing.
 
     Raises:
         SchemaMismatchError: names every mismatch at once: missing and extra columns, types, nullability, and
             another version of the label schema. A schema without a version is compared by its columns alone.
     """
-    problems = [*_version_problems(schema), *_field_problems(list(schema), list(LABEL_SCHEMA), "column ", "")]
+    wanted = [
+        field
+        for field in LABEL_SCHEMA
+        if ADDED_COLUMNS.get(field.name, 0) <= version or field.name in schema.names
+    ]
+    problems = [*_version_problems(schema, version), *_field_problems(list(schema), wanted, "column ", "")]
     if not problems:
         return
     count = "1 mismatch" if len(problems) == 1 else f"{len(problems)} mismatches"
@@ -120,10 +134,10 @@ def check_labels(schema: pa.Schema, where: str) -> None:
     )
 
 
-def _version_problems(schema: pa.Schema) -> Iterator[str]:
+def _version_problems(schema: pa.Schema, version: int) -> Iterator[str]:
     got = (schema.metadata or {}).get(_VERSION_KEY)
-    if got is not None and got != str(LABEL_SCHEMA_VERSION).encode():
-        yield f"it says label schema version {got.decode(errors='replace')}, wanted {LABEL_SCHEMA_VERSION}"
+    if got is not None and got != str(version).encode():
+        yield f"it says label schema version {got.decode(errors='replace')}, wanted {version}"
 
 
 def _field_problems(

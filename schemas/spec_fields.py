@@ -10,6 +10,8 @@ from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, Strict
 
+from schemas.durations import parse_duration
+from schemas.errors import UsageError
 from schemas.labels import ErrorKind
 from schemas.spec_problems import Wanted
 
@@ -26,11 +28,19 @@ def _parse_bytes(value: object) -> object:
     return value
 
 
-def _parse_fraction(value: object) -> object:
+def parse_fraction(value: object) -> object:
     """Take "1%" as 0.01; whatever is not understood goes on to the number type, which refuses it."""
     if isinstance(value, str) and (match := re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?) ?%", value.strip())):
         return float(Decimal(match[1]) / 100)
     return value
+
+
+def _parse_time(value: object) -> object:
+    """Take "4h" as 14400.0; whatever is not understood goes on to the number type, which refuses it."""
+    try:
+        return parse_duration(value) if isinstance(value, str) else value
+    except UsageError:
+        return value
 
 
 def _check_uri(uri: str) -> str:
@@ -59,6 +69,13 @@ Count = Annotated[int, Strict(), Field(ge=1, le=_LARGEST), Wanted("a whole numbe
 Fraction = Annotated[float, Strict(), Field(ge=0, le=1), Wanted("a number from 0 to 1")]
 Seconds = Annotated[float, Strict(), Field(gt=0, allow_inf_nan=False), Wanted("seconds, more than 0")]
 Age = Annotated[float, Strict(), Field(ge=0, allow_inf_nan=False), Wanted("seconds, 0 or more")]
+Duration = Annotated[
+    float,
+    BeforeValidator(_parse_time),
+    Strict(),
+    Field(gt=0, allow_inf_nan=False),
+    Wanted("seconds, more than 0, or a time such as 30m, 4h, 7d"),
+]
 Flag = Annotated[bool, Strict(), Wanted("true or false")]
 Name = Annotated[str, Field(min_length=1), Wanted("a string (quote a number)")]
 Uri = Annotated[str, AfterValidator(_check_uri), Wanted("a path or a URI", secret=True)]
@@ -75,7 +92,7 @@ Bytes = Annotated[
 Budget = Annotated[
     Annotated[int, Strict(), Field(ge=0, le=_LARGEST)]
     | Annotated[float, Strict(), Field(ge=0, le=1, allow_inf_nan=False)],
-    BeforeValidator(_parse_fraction, json_schema_input_type=int | float | str),
+    BeforeValidator(parse_fraction, json_schema_input_type=int | float | str),
     Wanted("a share such as 1% or 0.01, or a number of images such as 500"),
 ]
 Auto = Literal["auto"]

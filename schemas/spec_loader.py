@@ -10,12 +10,13 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from schemas.errors import UsageError
+from schemas.relabel_spec import RelabelSpec
 from schemas.spec_file import override, put, read_spec_file
 from schemas.spec_problems import nearest, problems, sections, show
 from schemas.specs import InferSpec
 from schemas.train_spec import TrainSpec
 
-SPECS: dict[str, type[BaseModel]] = {"infer": InferSpec, "train": TrainSpec}
+SPECS: dict[str, type[BaseModel]] = {"infer": InferSpec, "relabel": RelabelSpec, "train": TrainSpec}
 
 SpecT = TypeVar("SpecT", bound=BaseModel)
 

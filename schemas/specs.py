@@ -46,7 +46,9 @@ class ModelSpec(Section):
     max_detections 100, min_size_px 800, max_size_px 1333.
     """
 
-    uri: Uri = Field(description="checkpoint's path or URI, `demo` (the bundled one), or `alias:NAME`")
+    uri: Uri = Field(
+        description="path or URI, `demo` (the bundled one), or of the lake: `alias:NAME`, `registry:NAME@N`"
+    )
     score_threshold: Fraction | None = Field(default=None, description="detections below it are dropped")
     nms_threshold: Fraction | None = Field(
         default=None, description="IoU above which the lower score is dropped"

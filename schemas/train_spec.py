@@ -29,6 +29,12 @@ def _check_data_uri(uri: str) -> str:
     return uri
 
 
+def split_version(uri: str) -> tuple[str, int | None]:
+    """`s3://bucket/lake@42` -> the lake and 42; without a number the newest, None."""
+    match = re.fullmatch(r"(.+)@(\d{1,18})", uri)
+    return (match[1], int(match[2])) if match else (uri, None)
+
+
 def _check_workers(workers: int | str) -> int | str:
     if isinstance(workers, int):
         return workers
@@ -93,7 +99,7 @@ class TrainModelSpec(Section):
     """What is trained. A setting that is null is what the recipe, the preset or the checkpoint says."""
 
     uri: Uri = Field(
-        description="a preset (r50_fpn, r101_fpn, r50_fpn_v2, lite) or a checkpoint to go on from"
+        description="a preset (r50_fpn, r101_fpn, r50_fpn_v2, lite), or a checkpoint, or alias:NAME"
     )
     backbone: Uri | None = Field(
         default=None,
@@ -205,6 +211,24 @@ class TrainSpec(Section):
     strict: Flag = Field(default=False, description="wrong annotations end the run before it begins")
     trackers: Trackers = ()
     storage: StorageSpec = StorageSpec()
+
+    @property
+    def lake_uri(self) -> str | None:
+        """The lake that the run belongs to: where it registers, or that of its data; None: not one."""
+        if self.register_as.lake is not None:
+            return self.register_as.lake
+        lakes = {
+            split_version(data.uri.removeprefix("lake:"))[0]
+            for data in self.data.values()
+            if data.uri.startswith("lake:")
+        }
+        return lakes.pop() if len(lakes) == 1 else None
+
+    @model_validator(mode="after")
+    def _has_a_registry(self) -> "TrainSpec":
+        if self.register_as.name is not None and self.lake_uri is None:
+            raise ValueError("register_as.lake is not set, and the data are not of one lake: name the lake")
+        return self
 
     @property
     def worker_range(self) -> tuple[int, int]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from schemas.durations import parse_duration
 from schemas.specs import SourceSpec, StorageSpec
 
 if TYPE_CHECKING:
@@ -77,7 +78,6 @@ def vacuum(
     as_json: Json = False,
 ) -> None:
     """Delete files that runs left behind, and those that compaction replaced, after a grace period."""
-    from jobs.care.vacuum import parse_duration
     from jobs.care.vacuum import vacuum as run_vacuum
     from jobs.lake.storage import Storage
 

@@ -8,7 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import duckdb
+import numpy as np
 
+from jobs.lake.done_images import Standing
 from jobs.lake.labels_table import LabelsTable
 from jobs.lake.plan import Done
 from jobs.lake.shard_index import ShardIndex, load_shard_index
@@ -76,10 +78,9 @@ def _check_model(
     listed = missing = found = unknown = 0
     for shard in shards:
         if shard.format == "files":
-            known = done.known(shard.objects.image_ids)
-            num_found = known.to_pylist().count(True)
-            listed += len(known)
-            missing += len(known) - num_found
+            num_found = int(np.count_nonzero(done.known(shard.objects).standing != Standing.NEW))
+            listed += len(shard.objects)
+            missing += len(shard.objects) - num_found
             found += num_found
             continue
         num_labelled = labelled.get(shard.name, 0)

@@ -15,7 +15,6 @@ since counts as an orphan; it writes two versions of its own, and does not say w
 from __future__ import annotations
 
 import os
-import re
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -33,7 +32,6 @@ DEFAULT_GRACE_S = 7 * 86400.0
 # A run commits every minute by default; an hour leaves room for another setting, a slow store, a clock ahead.
 MIN_GRACE_S = 3600.0
 _THREADS = 16
-_UNITS_S = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 
 
 @dataclass(frozen=True)
@@ -101,18 +99,6 @@ def vacuum(
             with suppress(FileNotFoundError):
                 os.unlink(path)
     return Vacuum(lake_uri, dry_run, grace_s, deleted, kept, replaced.oldest_version, len(unfinished))
-
-
-def parse_duration(text: str) -> float:
-    """Seconds of "90s", "30m", "12h" or "7d".
-
-    Raises:
-        UsageError: it is none of these.
-    """
-    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)([smhd])", text.strip())
-    if match is None:
-        raise UsageError(f"{text!r} is no time; write it like 90s, 30m, 12h or 7d")
-    return float(match[1]) * _UNITS_S[match[2]]
 
 
 def _check_short_grace(lake_uri: str, storage: Storage, grace_s: float, force: bool) -> None:

@@ -1,4 +1,4 @@
-"""The commands `masklake model import | export | inspect`; jobs.cli hangs them in."""
+"""The commands `masklake model import | export | inspect`, and the registry's; jobs.cli hangs them in."""
 
 from __future__ import annotations
 
@@ -8,14 +8,16 @@ from typing import Annotated, Any
 
 import typer
 
+from jobs.export.registry_commands import app as registry_commands
 from schemas.specs import StorageSpec
 
 app = typer.Typer(
     name="model",
-    help="Models in and out: torchvision, Detectron2, ONNX; and what a file holds.",
+    help="Models in and out: torchvision, Detectron2, ONNX; what a file holds; the lake's registry.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
+app.add_typer(registry_commands)
 
 Endpoint = Annotated[str | None, typer.Option(help="S3 endpoint; else the environment's AWS_ENDPOINT_URL")]
 Force = Annotated[bool, typer.Option("--force", help="overwrite what is there")]

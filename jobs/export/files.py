@@ -5,7 +5,7 @@ Enters: what the user typed. Leaves: bytes and the URI they have in messages, or
 
 from __future__ import annotations
 
-from jobs.lake.models import read_checkpoint_bytes
+from jobs.lake.models import is_of_registry, read_checkpoint_bytes
 from jobs.lake.storage import AccessDeniedError, MissingObjectError, Storage
 from maskrcnn_core.foreign_weights import MAX_FILE_BYTES
 from schemas.errors import UsageError
@@ -20,7 +20,7 @@ def read_model_file(source: str, storage: Storage) -> tuple[bytes, str]:
         UsageError: there is no such file, or it is too large to be one.
         StorageError: the store refused.
     """
-    if source == "demo" or source.startswith("alias:"):
+    if source == "demo" or is_of_registry(source):
         return read_checkpoint_bytes(source, storage)
     uri = storage.normalize(source)
     storage.check_reachable(uri, "model")

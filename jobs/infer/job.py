@@ -13,12 +13,14 @@ from datetime import UTC, datetime
 from typing import NoReturn
 
 from cluster.session import cluster_address, connect, shutdown
-from jobs.infer.read import ShardTask, Tasks
+from jobs.infer.read import Tasks
 from jobs.infer.rows import Lineage
 from jobs.lake.done_images import DoneImages, LabelFile
 from jobs.lake.labels_table import LabelsTable
-from jobs.lake.models import read_checkpoint_bytes
+from jobs.lake.model_ids import ModelIdRecord
+from jobs.lake.models import REGISTRY_PREFIX, read_checkpoint_bytes, resolve_uri
 from jobs.lake.plan import plan_failed, plan_shards
+from jobs.lake.registry import ModelVersion
 from jobs.lake.shard_index import load_shard_index
 from jobs.lake.sources import Shard
 from jobs.lake.storage import Storage
@@ -30,7 +32,10 @@ from schemas.specs import InferSpec, PoolSpec
 
 @dataclass(frozen=True)
 class Job:
-    """A spec made ready: everything checked that can be without reading an image."""
+    """A spec made ready: everything checked that can be without reading an image.
+
+    model: the version of the lake's registry, where the spec names one. record: what model_id stands for.
+    """
 
     spec: InferSpec
     storage: Storage
@@ -40,6 +45,8 @@ class Job:
     preset: str
     model_overrides: dict[str, float | int | None]
     model_id: str
+    model: ModelVersion | None
+    record: ModelIdRecord
     device: str
     precision: Precision
     run_id: str
@@ -63,7 +70,9 @@ def prepare(spec: InferSpec) -> Job:
             raise UsageError(
                 f"{what} is {uri}: workers cannot see this process's memory; use a folder, s3:// or gs://."
             )
-    checkpoint, where = read_checkpoint_bytes(spec.model.uri, storage)
+    version = resolve_uri(spec.model.uri, storage, lake_uri)
+    model_uri = spec.model.uri if version is None else f"{REGISTRY_PREFIX}{version}"
+    checkpoint, where = read_checkpoint_bytes(model_uri, storage, lake_uri)
     device = _actor_device(spec.pool)
     overrides = spec.model.model_dump(exclude={"uri"})
     try:
@@ -71,13 +80,26 @@ def prepare(spec: InferSpec) -> Job:
         precision = resolve_precision(spec.pool.precision, device)
         if precision == "fp16" and device == "cpu":
             raise UsageError("pool.precision fp16 needs a GPU and there is none; use fp32, bf16 or auto.")
-        parsed.build(**overrides)  # also refuses weights that do not fit, before a cluster is asked for
+        built = parsed.build(
+            **overrides
+        )  # also refuses weights that do not fit, before a cluster is asked for
         model_id = parsed.model_id(precision, **overrides)
     except (CheckpointError, ValueError) as error:
         raise UsageError(f"model: {error}") from error
     storage.check_reachable(source_uri, "source.uri")
     storage.check_reachable(lake_uri, "lake.uri")
     now = datetime.now(UTC)
+    run_id = f"infer-{now:%Y%m%dT%H%M%SZ}-{secrets.token_hex(3)}"
+    record = ModelIdRecord(
+        model_id=model_id,
+        fingerprint=parsed.fingerprint,
+        name=parsed.name,
+        precision=precision,
+        settings={name: getattr(built.config, name) for name in overrides},
+        categories=tuple(built.config.categories),
+        first_run_id=run_id,
+        at=now.isoformat(timespec="seconds"),
+    )
     return Job(
         spec=spec,
         storage=storage,
@@ -87,9 +109,11 @@ def prepare(spec: InferSpec) -> Job:
         preset=parsed.config.preset,
         model_overrides=overrides,
         model_id=model_id,
+        model=version,
+        record=record,
         device=device,
         precision=precision,
-        run_id=f"infer-{now:%Y%m%dT%H%M%SZ}-{secrets.token_hex(3)}",
+        run_id=run_id,
         spec_hash=hashlib.blake2b(spec.model_dump_json().encode(), digest_size=8).hexdigest(),
     )
 
@@ -116,7 +140,7 @@ def plan(job: Job, shards: Iterable[Shard]) -> tuple[Tasks, LabelsTable | None]:
         done = DoneImages((), job.source_uri, (), _no_keys)
     index = load_shard_index(job.storage, job.lake_uri, job.source_uri, job.model_id) if table else {}
     left = plan_failed(shards, done) if failures.retry_only else plan_shards(shards, done, index)
-    return Tasks(ShardTask(shard, skip) for shard, skip in left), table
+    return Tasks(left), table
 
 
 def _no_keys(file: LabelFile) -> NoReturn:

@@ -5,29 +5,22 @@ from __future__ import annotations
 import pickle
 import time
 import zlib
-from collections.abc import Container, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
 from typing import Any
 
 import pyarrow as pa
 
 from jobs.infer.units import UnitReport, read_row
-from jobs.lake.sources import Shard, ShardReader, slice_units
+from jobs.lake.plan import ShardTask
+from jobs.lake.shards import SourceImage, content_hash
+from jobs.lake.sources import ShardReader, slice_units
 from jobs.lake.storage import Storage
 from schemas.errors import StorageError
 from schemas.specs import SourceSpec
 
 TASK_SCHEMA = pa.schema([("task", pa.large_binary())])
 _TASKS_PER_BATCH = 1000
-
-
-@dataclass(frozen=True)
-class ShardTask:
-    """What one read task is asked to do: a shard, and the image_ids of it that are not wanted."""
-
-    shard: Shard
-    skip: Container[str]
 
 
 class Tasks(Iterable[ShardTask]):
@@ -87,7 +80,8 @@ class UnitReader:
         started = time.perf_counter()
         ordinal = 0
         try:
-            for images in slice_units(reader, self._max_bytes, self._max_images):
+            wanted = _without_unchanged(reader, task.contents, closing.unchanged)
+            for images in slice_units(wanted, self._max_bytes, self._max_images):
                 report = UnitReport(
                     shard.name,
                     num_images=len(images),
@@ -102,6 +96,19 @@ class UnitReader:
             closing.shard_num_units = ordinal
             closing.shard_num_images = reader.num_images
             closing.shard_version = shard.info.version if shard.info else None
+            closing.shard_gone = reader.ids.missing(task.known_ids) if shard.info else []
         except StorageError as error:
             closing.shard_error = str(error)
         yield read_row(f"{shard.name}#end:{shard.uri}", closing, [])
+
+
+def _without_unchanged(
+    images: Iterable[SourceImage], contents: Mapping[str, bytes], unchanged: list[str]
+) -> Iterator[SourceImage]:
+    """Leave out images that are what they were, though their object is another; note their ids."""
+    for image in images:
+        known = contents.get(image.image_id)
+        if known is not None and image.data is not None and content_hash(image.data) == known:
+            unchanged.append(image.image_id)
+        else:
+            yield image

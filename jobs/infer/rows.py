@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -11,7 +10,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from jobs.lake.sources import SourceImage
+from jobs.lake.shards import SourceImage, content_hash
 from maskrcnn_core.predictor import Detections
 from schemas.labels import BOX_TYPE, DETECTION_TYPE, LABEL_SCHEMA, ErrorKind, Status
 
@@ -53,6 +52,7 @@ def label_rows(
         "image_id": [i.image_id for i in images],
         "source": [lineage.source] * num,
         "shard": [i.shard for i in images],
+        "object_version": [i.version or None for i in images],
         "content_hash": [None if i.data is None else content_hash(i.data) for i in images],
         "width": [d and d.width for d in found],
         "height": [d and d.height for d in found],
@@ -67,11 +67,6 @@ def label_rows(
     }
     arrays = [pa.array(values, LABEL_SCHEMA.field(name).type) for name, values in columns.items()]
     return pa.Table.from_arrays([*arrays, _detection_lists(found)], schema=LABEL_SCHEMA)
-
-
-def content_hash(data: bytes) -> bytes:
-    """BLAKE2b-128 of the encoded bytes."""
-    return hashlib.blake2b(data, digest_size=16).digest()
 
 
 def _detection_lists(found: Sequence[Detections | None]) -> pa.Array[Any]:

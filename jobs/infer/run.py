@@ -8,11 +8,12 @@ The driver is the only one that makes labels visible; whatever dies elsewhere, t
 from __future__ import annotations
 
 import json
+import math
 import signal
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -31,12 +32,15 @@ from jobs.infer.pipeline import Pipeline, run_pipeline
 from jobs.infer.progress import Watcher
 from jobs.infer.read import Tasks
 from jobs.infer.summary import Summary
+from jobs.infer.units import UnitReport
 from jobs.lake.commit import Committer, DeltaStore, app_id
 from jobs.lake.compact import run_compaction
 from jobs.lake.labels_table import LabelsTable, first_line
 from jobs.lake.lease import Lease
 from jobs.lake.listing import Listing
+from jobs.lake.model_ids import record_model_id
 from jobs.lake.shard_index import save_shard_index
+from jobs.lake.shards import Shard
 from schemas.errors import FailureBudgetExceeded, MasklakeError, StorageError
 from schemas.specs import InferSpec
 
@@ -53,6 +57,27 @@ class InterruptedRunError(MasklakeError):
     """The run was asked to stop; what was finished is committed."""
 
 
+Choose = Callable[[Job, Iterable[Shard]], tuple[Tasks, LabelsTable | None]]
+"""What of a source is to be labelled, and the table that this was compared with, if there is one."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """When a run ends though there is more to do: after a last commit, and with its compaction left out.
+
+    deadline_s: of time.monotonic(); max_images: labelled.
+    """
+
+    deadline_s: float = math.inf
+    max_images: float = math.inf
+
+    def are_reached(self, num_images: int) -> bool:
+        return num_images >= self.max_images or time.monotonic() >= self.deadline_s
+
+
+NO_LIMITS = Limits()
+
+
 def run_infer(spec: InferSpec, watcher: Watcher) -> Summary:
     """Label what is missing.
 
@@ -64,18 +89,31 @@ def run_infer(spec: InferSpec, watcher: Watcher) -> Summary:
         MasklakeError: the run failed or was stopped; its class says how. What was committed stays, the
             summary is in <lake>/runs/<run_id>/, and running the same again goes on from there.
     """
-    started = time.monotonic()
     job = prepare(spec)
+    with Listing.of(spec.source, job.storage, job.lake_uri) as shards:
+        return run_job(job, shards, watcher)
+
+
+def run_job(
+    job: Job,
+    shards: Listing,
+    watcher: Watcher,
+    choose: Choose = plan,
+    limits: Limits = NO_LIMITS,
+    hear: Callable[[UnitReport], None] = lambda report: None,
+) -> Summary:
+    """The same for a job and a source's shards that are there already.
+
+    Args:
+        choose: what is to be done, and in which order; asked again when nobody else can commit any more.
+        hear: told of each unit, and of each shard's end, once it is in the books.
+    """
+    started = time.monotonic()
     summary = Summary(
         job.run_id, job.model_id, job.source_uri, job.lake_uri, precision=job.precision, device=job.device
     )
-    with Listing.of(spec.source, job.storage, job.lake_uri) as shards:
-        return _run_over(job, shards, summary, watcher, started)
-
-
-def _run_over(job: Job, shards: Listing, summary: Summary, watcher: Watcher, started: float) -> Summary:
     spec = job.spec
-    tasks, table = plan(job, shards)
+    tasks, table = choose(job, shards)
     if not len(tasks):
         return _nothing_to_do(job, summary, table, watcher, started)
 
@@ -85,6 +123,7 @@ def _run_over(job: Job, shards: Listing, summary: Summary, watcher: Watcher, sta
         job.storage, job.lake_uri, app_id(job.source_uri, job.model_id), holder, LEASE_TTL_S
     ) as lease:
         table = LabelsTable.open_or_create(job.lake_uri, job.storage)
+        record_model_id(job.storage, job.lake_uri, job.record)
         committer = Committer(
             DeltaStore(table),
             app_id(job.source_uri, job.model_id),
@@ -93,18 +132,18 @@ def _run_over(job: Job, shards: Listing, summary: Summary, watcher: Watcher, sta
             spec.commit.every_images,
         )
         # Planned again now that nobody else commits: another run may have finished since the first look.
-        tasks, _ = plan(job, shards)
+        tasks, _ = choose(job, shards)
         shards.keep(spec.source, job.storage, job.lake_uri)
         if not len(tasks):
             return _nothing_to_do(job, summary, table, watcher, started)
         save_index = partial(
             save_shard_index, job.storage, job.lake_uri, job.source_uri, job.model_id, job.run_id
         )
-        run = _Run(job, committer, Books(committer, save_index), lease, summary, watcher)
+        run = _Run(job, committer, Books(committer, save_index), lease, summary, watcher, limits, hear)
         run.write_record("spec.yaml", yaml.safe_dump(spec.model_dump(mode="json"), sort_keys=False))
         try:
             run.work(tasks)
-            summary.status = "done"
+            summary.status = "limited" if run.is_limited else "done"
             if summary.images == 0:  # shards that had to be read to know it
                 _nothing_to_do(job, summary, table, watcher, started)
         except BaseException as error:
@@ -145,6 +184,9 @@ class _Run:
     lease: Lease
     summary: Summary
     watcher: Watcher
+    limits: Limits
+    hear: Callable[[UnitReport], None]
+    is_limited: bool = False
     stop: _Stop = field(default_factory=lambda: _Stop())
 
     def work(self, tasks: Tasks) -> None:
@@ -183,11 +225,15 @@ class _Run:
                         )
                     if self.books.take(unit.report, unit.fragment):
                         self.summary.add(unit.report)
+                        self.hear(unit.report)
                     if self.committer.due():
                         self._commit()
                     if self._is_over_budget(MIN_IMAGES_FOR_SHARE):
                         break
                     self.watcher.update(self.summary)
+                    if self.limits.are_reached(self.summary.images):
+                        self.is_limited = True
+                        break
                     if self.stop.requested:
                         raise KeyboardInterrupt
             except RayError:
@@ -209,7 +255,7 @@ class _Run:
                 f"{len(self.summary.unread_shards)} of {len(tasks)} shards could not be read to their end, "
                 f"first {name}: {why} The rest is committed; run the same command again for what is missing."
             )
-        if self.job.spec.commit.compact:
+        if self.job.spec.commit.compact and not self.is_limited:
             self._compact()
 
     def _compact(self) -> None:

@@ -22,10 +22,11 @@ class Summary:
     model_id: str
     source: str
     lake: str
-    status: str = "running"  # done | nothing_to_do | interrupted | failed
+    status: str = "running"  # done | limited | nothing_to_do | interrupted | failed
     images: int = 0
     ok: int = 0
     failed: int = 0
+    unchanged: int = 0  # read because their object is another, and found to be what they were
     failed_by_kind: dict[str, int] = field(default_factory=dict)
     images_by_node: dict[str, int] = field(default_factory=dict)
     detections: int = 0
@@ -48,6 +49,7 @@ class Summary:
         self.images += report.num_images
         self.failed += report.num_failed
         self.ok = self.images - self.failed
+        self.unchanged += len(report.unchanged)
         self.failed_by_kind = dict(Counter(self.failed_by_kind) + Counter(report.failed))
         if report.num_images:
             self.images_by_node[report.node] = self.images_by_node.get(report.node, 0) + report.num_images

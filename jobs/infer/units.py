@@ -27,6 +27,7 @@ _IMAGE_TYPE = pa.struct(
         pa.field("data", pa.large_binary()),  # encoded bytes; null where reading failed
         pa.field("error_kind", pa.string()),
         pa.field("error", pa.string()),
+        pa.field("version", pa.string()),
     ]
 )
 
@@ -51,6 +52,7 @@ class UnitReport:
     shard: str
     node: str = ""  # where it was labelled
     num_images: int = 0
+    unchanged: list[str] = field(default_factory=list)  # ids of images with the old content in another object
     encoded_bytes: int = 0
     num_detections: int = 0
     failed: dict[str, int] = field(default_factory=dict)  # by error kind
@@ -61,6 +63,7 @@ class UnitReport:
     shard_num_units: int | None = None
     shard_num_images: int | None = None  # with those that were skipped
     shard_version: str | None = None
+    shard_gone: list[str] = field(default_factory=list)  # ids that have a row and are not in it any more
     shard_error: str | None = None
     write_error: str | None = None  # the unit's labels are lost; an exception would lose its type on the way
 
@@ -89,6 +92,7 @@ def read_row(unit_id: str, report: UnitReport, images: Sequence[SourceImage]) ->
             _large_binaries([image.data for image in images]),
             pa.array([image.error_kind for image in images], pa.string()),
             pa.array([image.error for image in images], pa.string()),
+            pa.array([image.version for image in images], pa.string()),
         ],
         fields=fields,
     )
@@ -125,6 +129,7 @@ def images_of(row: pa.Table) -> Iterator[SourceImage]:
             data=image["data"].as_py(),
             error_kind=None if kind is None else ErrorKind(kind),
             error=image["error"].as_py(),
+            version=image["version"].as_py(),
         )
 
 

@@ -11,19 +11,32 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from enum import IntEnum
 from functools import cached_property
 from itertools import accumulate, pairwise
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from numpy.typing import NDArray
 
 from jobs.lake.fragments import is_fragment
+from jobs.lake.object_table import ObjectTable
 from schemas.labels import ErrorKind, Status
 
-KEY_COLUMNS = ("image_id", "source", "shard", "status", "error_kind", "labeled_at")
-# A fragment's keys are some 512 short strings, those of a merged file a hundred thousand; reading ahead hides
-# the store's latency, the caps keep memory flat: some 100 bytes a row.
+KEY_COLUMNS = (
+    "image_id",
+    "source",
+    "shard",
+    "object_version",
+    "content_hash",
+    "status",
+    "error_kind",
+    "labeled_at",
+)
+# A fragment's keys are some 512 short rows, those of a merged file a hundred thousand; reading ahead hides
+# the store's latency, the caps keep memory flat: some 150 bytes a row.
 _READ_AHEAD_FILES = 32
 _MAX_CACHED_FILES = 512
 _MAX_CACHED_ROWS = 1_000_000
@@ -66,6 +79,29 @@ class LabelFile:
     error_kinds: Range
 
 
+class Standing(IntEnum):
+    """What the table says of an image of the source, by its newest row."""
+
+    NEW = 0  # no row, or it was removed
+    DONE = 1
+    FAILED = 2  # and is not to be tried again
+    RETRY = 3  # failed, and is to be tried again
+    CHANGED = 4  # done or failed, but its object is another than the one that the row was made from
+
+
+TO_DO = (Standing.NEW, Standing.RETRY, Standing.CHANGED)
+
+
+@dataclass(frozen=True)
+class Known:
+    """Of objects, in their order: each one's Standing (N,), and the content_hash of its row (N,), where that
+    is there and not to be tried again.
+    """
+
+    standing: NDArray[np.int8]
+    content_hash: pa.ChunkedArray[Any]
+
+
 @dataclass(frozen=True)
 class ShardState:
     """Of one shard: images whose newest row counts as done, and those that are to be done again."""
@@ -78,7 +114,8 @@ class DoneImages:
     """The images of one source that one model has labelled.
 
     An image counts as done by its newest row: `ok`, or `failed` for a kind that is not to be retried. A
-    `removed` image is not done; if the source has it again, it is labelled again.
+    `removed` image is not done; if the source has it again, it is labelled again. So is an image whose object
+    changed since; a row that does not say its object's version counts as made from what is there now.
 
     Args:
         files: of one model_id; files of other sources are passed over.
@@ -121,45 +158,62 @@ class DoneImages:
         rows = pa.concat_tables([*self._rows_of(files, shard), _NO_ROWS])
         if pc.all(rows["done"], min_count=0).as_py() and len(pc.unique(rows["image_id"])) == len(rows):
             return ShardState(len(rows), 0)  # each image once: nothing to compare
-        done = _newest([rows])
-        num_done = sum(done.values())
-        return ShardState(num_done, len(done) - num_done)
+        rows = _newest(rows)
+        num_done = int(pc.sum(rows["done"]).as_py() or 0)
+        return ShardState(num_done, len(rows) - num_done)
 
-    def ids(self, shard: str) -> frozenset[str]:
-        """The image ids of a shard that are done."""
-        done = _newest(self._rows_of(self._files_of(shard), shard))
-        return frozenset(image_id for image_id, is_done in done.items() if is_done)
+    def ids(self, shard: str, version: str = "") -> frozenset[str]:
+        """The image ids of a shard that are done; with a version, those that were read from that one."""
+        rows = self._newest_of(shard)
+        is_done = pc.and_not(rows["done"], _is_other(rows["version"], version))
+        return frozenset(map(str, rows["image_id"].filter(is_done).to_pylist()))
+
+    def contents(self, shard: str, version: str) -> dict[str, bytes]:
+        """Of the images of a shard that are done, and were read from another version of it, what was in them:
+        image_id -> content_hash.
+        """
+        rows = self._newest_of(shard)
+        rows = rows.filter(pc.and_(rows["done"], _is_other(rows["version"], version)))
+        found = zip(rows["image_id"].to_pylist(), rows["hash"].to_pylist(), strict=True)
+        return {str(image_id): content_hash for image_id, content_hash in found if content_hash is not None}
 
     def open_ids(self, shard: str) -> frozenset[str]:
         """The image ids of a shard that have a row and are to be done again."""
-        done = _newest(self._rows_of(self._files_of(shard), shard))
-        return frozenset(image_id for image_id, is_done in done.items() if not is_done)
+        rows = self._newest_of(shard)
+        return frozenset(map(str, rows["image_id"].filter(pc.invert(rows["done"])).to_pylist()))
 
-    def known(self, image_ids: pa.ChunkedArray[Any]) -> pa.ChunkedArray[pa.BooleanScalar]:
-        """Of each image id, whichever shard it was in: true, done; false, to be done again; null, no row.
+    def known(self, objects: ObjectTable) -> Known:
+        """What the table says of each object, whichever shard it was in.
 
         Ask in the order of the ids, in groups: files are read a little ahead, and forgotten.
         """
+        image_ids = objects.image_ids
         if not len(image_ids):
-            return pa.chunked_array([], pa.bool_())
+            return Known(np.zeros(0, np.int8), _NO_ROWS["hash"])
         low, high = str(pc.min(image_ids)), str(pc.max(image_ids))
         first, last = bisect_left(self._highs, low), bisect_right(self._lows, high)
         wanted = [file for file in self._files[first:last] if file.image_ids.may_hold(low, high)]
         if len(wanted) > _MAX_CACHED_FILES or _num_rows(wanted) > _MAX_CACHED_ROWS:
-            known = [self._everything.get(str(image_id)) for image_id in image_ids.to_pylist()]
-            return pa.chunked_array([known], pa.bool_())
+            rows, places_by_id = self._everything
+            found = [places_by_id.get(str(image_id)) for image_id in image_ids.to_pylist()]
+            return _known(rows, pa.array(found, pa.int64()), objects)
         if any(file.path not in self._cache for file in wanted):
             self._load(self._with_next(wanted, last))
         rows = pa.concat_tables([*(keys.between(low, high) for keys in self._keys(wanted)), _NO_ROWS])
         if len(pc.unique(rows["image_id"])) < len(rows):
             rows = rows.sort_by([("time_us", "descending")])  # the first that is found is the newest
         places = pc.index_in(image_ids, value_set=rows["image_id"].combine_chunks())
-        return rows["done"].take(places)
+        return _known(rows, places, objects)
 
     @cached_property
-    def _everything(self) -> dict[str, bool]:
+    def _everything(self) -> tuple[pa.Table, dict[str, int]]:
         """All images of the source, for one in no order, such as a shuffled list: some 300 bytes an image."""
-        return _newest(keys.by_id for keys in self._keys(self._files))
+        rows = _newest(pa.concat_tables([*(keys.by_id for keys in self._keys(self._files)), _NO_ROWS]))
+        return rows, {str(image_id): place for place, image_id in enumerate(rows["image_id"].to_pylist())}
+
+    def _newest_of(self, shard: str) -> pa.Table:
+        """The newest row of each image of a shard."""
+        return _newest(pa.concat_tables([*self._rows_of(self._files_of(shard), shard), _NO_ROWS]))
 
     def _files_of(self, shard: str) -> list[LabelFile]:
         return [*self._pure.get(shard, ()), *(f for f in self._mixed if f.shards.may_hold(shard, shard))]
@@ -216,11 +270,20 @@ class DoneImages:
         keys = self._read_keys(file)
         is_retried = pc.is_in(keys["error_kind"], value_set=pa.array(sorted(self._retry), pa.string()))
         is_removed = pc.equal(keys["status"], pa.scalar(str(Status.REMOVED)))
+        is_failed = pc.equal(keys["status"], pa.scalar(str(Status.FAILED)))
+        standing = pc.case_when(
+            pc.make_struct(is_removed, is_retried, is_failed),
+            *(pa.scalar(int(s), pa.int8()) for s in (Standing.NEW, Standing.RETRY, Standing.FAILED)),
+            pa.scalar(int(Standing.DONE), pa.int8()),
+        )
         rows = pa.table(
             {
                 "image_id": keys["image_id"],
                 "shard": keys["shard"],
+                "version": keys["object_version"],
+                "hash": keys["content_hash"],
                 "time_us": keys["labeled_at"].cast(pa.int64()),
+                "standing": standing,
                 "done": pc.and_not(pc.invert(is_removed), is_retried),
             }
         )
@@ -233,7 +296,8 @@ class _FileKeys:
     """The keys of one file's rows of one source, to be asked by shard or by image_id.
 
     Args:
-        rows: image_id, shard, time_us (when it was labelled), done (whether it is done by this row).
+        rows: image_id, shard, version and hash (of the object and its content), time_us (when it was
+            labelled), standing, done (whether it is done by this row).
     """
 
     def __init__(self, rows: pa.Table) -> None:
@@ -276,21 +340,41 @@ class _FileKeys:
 _ROW_TYPES: dict[str, pa.DataType] = {
     "image_id": pa.string(),
     "shard": pa.string(),
+    "version": pa.string(),
+    "hash": pa.binary(16),
     "time_us": pa.int64(),
+    "standing": pa.int8(),
     "done": pa.bool_(),
 }
 _NO_ROWS: pa.Table = pa.schema(_ROW_TYPES).empty_table()
 
 
-def _newest(parts: Iterable[pa.Table]) -> dict[str, bool]:
-    """image_id -> whether it is done, by its newest row."""
-    newest: dict[str, tuple[int, bool]] = {}
-    for rows in parts:
-        columns = (rows[name].to_pylist() for name in ("image_id", "time_us", "done"))
-        for image_id, time_us, is_done in zip(*columns, strict=True):
-            if image_id not in newest or newest[image_id][0] <= time_us:
-                newest[image_id] = (time_us, is_done)
-    return {image_id: is_done for image_id, (_, is_done) in newest.items()}
+def _newest(rows: pa.Table) -> pa.Table:
+    """The newest row of each image."""
+    ids = pc.unique(rows["image_id"])
+    if len(ids) == len(rows):
+        return rows
+    rows = rows.sort_by([("time_us", "descending")])
+    return rows.take(pc.index_in(ids, value_set=rows["image_id"].combine_chunks()))  # the first of each
+
+
+def _is_other(versions: Any, version: Any) -> Any:
+    """Whether a row was made from another version, given one or one for each; not where either is unknown."""
+    is_other: Any = pc.and_(pc.not_equal(versions, version), pc.not_equal(version, ""))  # type: ignore[call-overload]
+    return is_other.fill_null(False)
+
+
+def _known(rows: pa.Table, places: Any, objects: ObjectTable) -> Known:
+    """
+    Args:
+        places: of each object's row, null where it has none.
+    """
+    of_rows: Any = rows["standing"].take(places)
+    standing = of_rows.fill_null(pa.scalar(int(Standing.NEW), pa.int8())).to_numpy().copy()
+    is_other = _is_other(rows["version"].take(places), objects.columns["version"]).to_numpy()
+    standing[is_other & np.isin(standing, (Standing.DONE, Standing.FAILED))] = Standing.CHANGED
+    of_done: Any = pc.if_else(rows["done"], rows["hash"], pa.scalar(None, pa.binary(16)))
+    return Known(standing, of_done.take(places))
 
 
 def _num_rows(files: Iterable[LabelFile]) -> int:

@@ -3,7 +3,7 @@
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 from jobs.lake.shards import MAX_IMAGE_BYTES, ClaimedId, ImageIds, Shard, SourceImage, duplicate, too_large
@@ -103,7 +103,7 @@ def _look_up(item: tuple[ClaimedId, ObjectInfo | None], shard: str, storage: Sto
         except MasklakeError as error:
             return _refusal(claimed.image_id, shard, error)
     if info.size > MAX_IMAGE_BYTES:
-        return too_large(claimed.image_id, shard, info.size)
+        return replace(too_large(claimed.image_id, shard, info.size), version=info.version)
     return _Found(claimed.image_id, info, listed)
 
 
@@ -111,13 +111,13 @@ def _read(found: _Found, shard: str, storage: Storage) -> _Result:
     info = found.info
     for _ in range(_MAX_VERSIONS):
         try:
-            return SourceImage(found.image_id, shard, storage.read_bytes(info), None, None)
+            return SourceImage(found.image_id, shard, storage.read_bytes(info), None, None, info.version)
         except MissingObjectError as error:
             return None if found.listed else _refusal(found.image_id, shard, error)
         except ChangedObjectError as error:
             changed = error
         except MasklakeError as error:
-            return _refusal(found.image_id, shard, error)
+            return _refusal(found.image_id, shard, error, info.version)
         try:
             info = storage.stat(info.uri)
         except MasklakeError as error:
@@ -125,7 +125,7 @@ def _read(found: _Found, shard: str, storage: Storage) -> _Result:
     return changed
 
 
-def _refusal(image_id: str, shard: str, error: MasklakeError) -> _Result:
+def _refusal(image_id: str, shard: str, error: MasklakeError, version: str = "") -> _Result:
     """The failed row, or the error itself where the image may be as good as any."""
     if isinstance(error, TransientStorageError | AccessDeniedError):
         return error
@@ -134,4 +134,5 @@ def _refusal(image_id: str, shard: str, error: MasklakeError) -> _Result:
         MissingObjectError: ErrorKind.MISSING,
         CorruptObjectError: ErrorKind.CORRUPT,
     }
-    return SourceImage.failed(image_id, shard, kinds.get(type(error), ErrorKind.IO), str(error))
+    failed = SourceImage.failed(image_id, shard, kinds.get(type(error), ErrorKind.IO), str(error))
+    return replace(failed, version=version)

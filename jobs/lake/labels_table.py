@@ -6,9 +6,11 @@ to_pyarrow_table() aborted processes at exit.
 """
 
 import io
+import json
 import re
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from datetime import UTC, datetime
 from functools import partial
 from typing import Any, TypeVar
 from urllib.parse import quote, unquote
@@ -23,10 +25,17 @@ from deltalake.exceptions import TableNotFoundError
 
 from jobs.lake.done_images import KEY_COLUMNS, DoneImages, LabelFile, Range
 from jobs.lake.fragments import PARTITION_COLUMN, labels_uri
+from jobs.lake.newest_rows import create_newest_view, split_files
 from jobs.lake.storage import CORRUPT_TRIES, CorruptObjectError, ObjectInfo, Storage
 from jobs.lake.time_limit import HungCallError, within
 from schemas.errors import SchemaMismatchError, StorageError, UsageError
-from schemas.labels import LABEL_SCHEMA, LABEL_SCHEMA_VERSION, ErrorKind, Status, check_labels
+from schemas.labels import (
+    ADDED_COLUMNS,
+    LABEL_SCHEMA,
+    LABEL_SCHEMA_VERSION,
+    ErrorKind,
+    check_labels,
+)
 
 _VERSION_PROPERTY = "masklake.label_schema_version"
 _PROPERTIES = {
@@ -38,6 +47,7 @@ _PROPERTIES = {
     "delta.checkpointInterval": "25",
     _VERSION_PROPERTY: str(LABEL_SCHEMA_VERSION),
 }
+_READABLE_VERSIONS = [str(version) for version in range(1, LABEL_SCHEMA_VERSION + 1)]
 _RANGE_COLUMNS = ("image_id", "source", "shard", "status", "error_kind")
 # A file's keys are some KiB beside megabytes of masks, which Storage's own buffer would fetch with them.
 _READ_BUFFER_BYTES = 64 << 10
@@ -58,7 +68,7 @@ AnswerT = TypeVar("AnswerT")
 class LabelsTable:
     """One version of the label table; refresh() goes on to the newest."""
 
-    def __init__(self, uri: str, storage: Storage, version: int | None = None) -> None:
+    def __init__(self, uri: str, storage: Storage, version: int | datetime | None = None) -> None:
         """Open the table at its own URI; see open(), which takes the lake's."""
         self.uri = uri
         self._storage = storage
@@ -66,8 +76,12 @@ class LabelsTable:
         self._delta = self._load(version)
 
     @classmethod
-    def open(cls, lake_uri: str, storage: Storage, version: int | None = None) -> "LabelsTable":
+    def open(cls, lake_uri: str, storage: Storage, version: int | datetime | None = None) -> "LabelsTable":
         """Open the label table of a lake.
+
+        Args:
+            version: a number; or a time, with its zone: the version that was the newest then. As Delta has
+                it, a version is of the time when its file of the log was written: a copied lake is younger.
 
         Raises:
             UsageError: there is none, or no such version.
@@ -89,7 +103,9 @@ class LabelsTable:
 
     @classmethod
     def open_or_create(cls, lake_uri: str, storage: Storage) -> "LabelsTable":
-        """Open the label table of a lake, made empty if there is none. Several may try at once."""
+        """Open the label table of a lake to write to it: made empty if there is none, brought up to this
+        label schema if it is of an earlier one. Several may try at once.
+        """
         uri = labels_uri(storage.normalize(lake_uri))
         create = partial(
             DeltaTable.create,
@@ -114,7 +130,9 @@ class LabelsTable:
             except UsageError:
                 message = f"cannot create the label table at {uri}: {first_line(error)}"
                 raise StorageError(message) from error
-        return cls(uri, storage)
+        table = cls(uri, storage)
+        table._upgrade()
+        return table
 
     @property
     def delta(self) -> DeltaTable:
@@ -174,6 +192,14 @@ class LabelsTable:
         """The models that labelled something, in alphabetical order."""
         return sorted({file.model_id for file in self.files()})
 
+    def newest_row_at(self) -> datetime | None:
+        """When the newest row was made, to the millisecond that the log keeps of it; None: no row."""
+        actions = pa.table(self._delta.get_add_actions(flatten=True))
+        if "max.labeled_at" not in actions.column_names:
+            return None
+        newest: datetime | None = pc.max(actions["max.labeled_at"]).as_py()
+        return newest if newest is None or newest.tzinfo else newest.replace(tzinfo=UTC)
+
     def choose_model(self, model_id: str | None) -> str:
         """The model that was asked for, or the only one there is.
 
@@ -197,7 +223,10 @@ class LabelsTable:
         """
         if version is not None and version != self.version:
             return LabelsTable(self.uri, self._storage, version).dataset(model_id)
-        files = self.files(model_id)
+        return self.dataset_of(self.files(model_id))
+
+    def dataset_of(self, files: Sequence[LabelFile]) -> pads.Dataset:
+        """The rows of some files of this version, as dataset() has them."""
         filesystem, root = self._arrow_filesystem(files)
         parquet = pads.ParquetFileFormat()
         fragments = [
@@ -217,15 +246,23 @@ class LabelsTable:
         Lazy: fetch what is wanted with .select(), .filter(), .to_arrow_table(), .fetchall().
         """
         connection = duckdb.connect()
-        connection.register("labels", self.dataset(model_id))
-        return connection.sql(
-            f"""
-            SELECT * FROM (
-                SELECT * FROM labels
-                QUALIFY row_number() OVER (PARTITION BY source, image_id ORDER BY labeled_at DESC) = 1
-            ) WHERE status <> '{Status.REMOVED}'
-            """
-        )
+        alone, others = split_files(self.files(model_id))
+        create_newest_view(connection, "labels", self.dataset_of(alone), self.dataset_of(others))
+        return connection.view("labels")
+
+    def commit_info(self, version: int) -> dict[str, Any]:
+        """What the commit that made a version says of itself, its metadata included; one small read.
+
+        Raises:
+            MissingObjectError: the log does not have it any more. CorruptObjectError: it cannot be read.
+        """
+        uri = f"{self.uri}/_delta_log/{version:020}.json"
+        data = self._storage.read_bytes(self._storage.stat(uri))
+        try:
+            actions = [json.loads(line) for line in data.splitlines() if line.strip()]
+            return dict(next(action["commitInfo"] for action in actions if "commitInfo" in action))
+        except (ValueError, TypeError, StopIteration) as error:
+            raise CorruptObjectError(f"{uri} is not a Delta commit: {first_line(error)}") from error
 
     def done_images(self, source: str, model_id: str, retry: Collection[ErrorKind] = ()) -> DoneImages:
         """What of a source is done under a model, as of this version."""
@@ -241,36 +278,74 @@ class LabelsTable:
         handler = _ObjectHandler(self._storage, self.uri, sizes)  # type: ignore[abstract]  # so say the stubs only
         return pafs.PyFileSystem(handler), root
 
-    def _load(self, version: int | None) -> DeltaTable:
+    def _load(self, version: int | datetime | None) -> DeltaTable:
         """Refuses a table that is not ours, before a row is read from it or added to it."""
         delta, newest = self._open(version)
-        if version is not None and version > newest:
+        if isinstance(version, datetime):
+            self._check_moment(delta, version)
+        elif version is not None and version > newest:
             raise UsageError(
                 f"the label table at {self.uri} has no version {version}; its newest is {newest}"
             )
         metadata = delta.metadata()
-        written = metadata.configuration.get(_VERSION_PROPERTY)
-        if written not in (None, str(LABEL_SCHEMA_VERSION)):
+        written = metadata.configuration.get(_VERSION_PROPERTY, str(LABEL_SCHEMA_VERSION))
+        if written not in _READABLE_VERSIONS:
             raise SchemaMismatchError(
                 f"the table at {self.uri} has label schema version {written}; this masklake reads "
-                f"{LABEL_SCHEMA_VERSION}. Use the masklake that wrote it, or another lake."
+                f"{' and '.join(_READABLE_VERSIONS)}. Use the masklake that wrote it, or another lake."
             )
         if metadata.partition_columns != [PARTITION_COLUMN]:
             raise SchemaMismatchError(
                 f"the table at {self.uri} is partitioned by {metadata.partition_columns}, not by "
                 f"[{PARTITION_COLUMN!r}]: it is not a label table. Give another lake."
             )
-        check_labels(_arrow_schema(delta), f"the table at {self.uri}")
+        check_labels(_arrow_schema(delta), f"the table at {self.uri}", int(written))
         return delta
 
-    def _open(self, version: int | None) -> tuple[DeltaTable, int]:
+    def _upgrade(self) -> None:
+        """Add what tables of earlier versions lack. Files stay as they are: a column they lack is null.
+
+        Two commits, one for the columns and one that says so. One that another run makes first fails here.
+        """
+        for _ in range(2):
+            missing = [name for name in ADDED_COLUMNS if name not in _arrow_schema(self._delta).names]
+            written = self._delta.metadata().configuration.get(_VERSION_PROPERTY)
+            if not missing and written in (None, str(LABEL_SCHEMA_VERSION)):
+                return
+            fields = Schema.from_arrow(pa.schema([LABEL_SCHEMA.field(name) for name in missing])).fields
+            version = {_VERSION_PROPERTY: str(LABEL_SCHEMA_VERSION)}
+            try:
+                if missing:
+                    self.ask("adding columns", lambda delta: delta.alter.add_columns(fields))  # noqa: B023
+                self.ask("saying so", lambda delta: delta.alter.set_table_properties(version, False))  # noqa: B023
+            except Exception as error:  # as above; another run may have been first
+                failure = error
+            self.reopen()
+        raise StorageError(
+            f"the label table at {self.uri} could not be brought up to label schema version "
+            f"{LABEL_SCHEMA_VERSION}: {first_line(failure)}. Nothing is lost; run the same command again."
+        )
+
+    def _check_moment(self, delta: DeltaTable, moment: datetime) -> None:
+        """deltalake takes the first version for a time before it."""
+        if delta.version() > 0:
+            return
+        info = within(LOG_LIMIT_S, f"reading the log of {self.uri}", lambda: delta.history(1)[0])
+        made_at = datetime.fromtimestamp(info["timestamp"] / 1000, UTC)
+        if moment < made_at:
+            raise UsageError(
+                f"the label table at {self.uri} has no version of {moment.isoformat()}; its first is of "
+                f"{made_at.isoformat(timespec='seconds')}"
+            )
+
+    def _open(self, version: int | datetime | None) -> tuple[DeltaTable, int]:
         """The log at a version, where there is such a one, and the newest version."""
         options = self._storage.delta_options(self.uri)
 
         def load() -> tuple[DeltaTable, int]:
             delta = DeltaTable(_delta_uri(self.uri), storage_options=options)
             newest = delta.version()
-            if version is not None and version <= newest:
+            if isinstance(version, datetime) or (version is not None and version <= newest):
                 delta.load_as_version(version)
             return delta, newest
 

@@ -8,8 +8,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, overload
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from numpy.typing import NDArray
 
 from jobs.lake.store import ObjectInfo
 
@@ -61,7 +63,7 @@ class ObjectTable(Sequence[NamedObject]):
     def part(self, start: int, num_objects: int) -> ObjectTable:
         return ObjectTable(self.columns.slice(start, num_objects))
 
-    def where(self, wanted: Sequence[bool]) -> ObjectTable:
+    def where(self, wanted: Sequence[bool] | NDArray[np.bool_]) -> ObjectTable:
         """Those for which it is true; as many as there are objects."""
         return ObjectTable(self.columns.filter(pa.array(wanted, pa.bool_())))
 

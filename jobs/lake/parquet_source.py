@@ -50,6 +50,7 @@ def read_parquet(
     except (pa.ArrowException, OSError, CorruptObjectError) as error:
         if _is_of_the_system(error):
             raise
+        ids.is_whole = False
         claimed = ids.claim(f"{shard.name}/#tail")
         if claimed.wanted:
             problem = f"not read as Parquet: {error}"
@@ -103,6 +104,7 @@ def _row_group(
         if _is_of_the_system(error):
             raise
         problem = str(error)
+    ids.is_whole = ids.is_whole and num_read == len(claims)
     for claimed, refusal in claims[num_read:]:
         if claimed.wanted:
             yield refusal or _unread(claimed, shard.name, group, problem)
@@ -123,6 +125,7 @@ def _claim_rows(
     except (pa.ArrowException, OSError) as error:
         if _is_of_the_system(error):
             raise
+        ids.is_whole = False
         claims = [ids.claim(key) for key in row_keys]
         return [(claimed, _unread(claimed, shard.name, group, str(error))) for claimed in claims]
     return [

@@ -27,6 +27,7 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _FINGERPRINT = re.compile(r"[0-9a-f]{64}")
 _VERSION = re.compile(r"[1-9][0-9]{0,8}")
 _BLOBS: Final = "blobs"
+_RESERVED: Final = (_BLOBS, "aliases", "ids")  # aliases.py, model_ids.py: folders beside the models'
 _FORMAT: Final = "masklake-model-1"
 _MAX_TRIES = 1000  # each lost to another writer's version
 
@@ -104,7 +105,7 @@ class ModelRegistry:
     def names(self) -> list[str]:
         """Names that have a version, in alphabetical order."""
         parts = (info.uri[len(self._folder) + 1 :].split("/") for info in self._list(self._folder))
-        return sorted({part[0] for part in parts if len(part) == 2 and part[0] != _BLOBS})
+        return sorted({part[0] for part in parts if len(part) == 2 and part[0] not in _RESERVED})
 
     def versions(self, name: str) -> list[ModelVersion]:
         """All versions of a name, the oldest first; none of a name that is not there.
@@ -201,8 +202,8 @@ class ModelRegistry:
 
 
 def _check_name(name: str) -> None:
-    if not _NAME.fullmatch(name) or name == _BLOBS:
+    if not _NAME.fullmatch(name) or name in _RESERVED:
         raise UsageError(
             f"model name {name!r}: wanted at most 100 letters, digits, '.', '_' and '-', the first a letter "
-            f"or digit, and not {_BLOBS!r}."
+            f"or digit, and none of {', '.join(_RESERVED)}."
         )

@@ -1,6 +1,7 @@
 """What a source is made of: shards to read, and the images that come out of them."""
 
-from collections.abc import Container
+import hashlib
+from collections.abc import Container, Iterable
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Literal, NamedTuple
@@ -41,13 +42,17 @@ class Shard:
 
 @dataclass(frozen=True)
 class SourceImage:
-    """One image as it came out of its shard: its encoded bytes, or else why there are none."""
+    """One image as it came out of its shard: its encoded bytes, or else why there are none.
+
+    version: of the object that held it, as it was read; "": not known.
+    """
 
     image_id: str
     shard: str
     data: bytes | None
     error_kind: ErrorKind | None
     error: str | None
+    version: str = ""
 
     @classmethod
     def failed(cls, image_id: str, shard: str, kind: ErrorKind, error: str) -> "SourceImage":
@@ -68,17 +73,24 @@ class ImageIds:
     The second image with the key K becomes "K#2", which no other image has. The same shard gives the same ids
     again, whatever is skipped.
 
+    is_whole: false once a reader met damage, which may hide images.
+
     Args:
         skip: ids that are not wanted; they are counted.
     """
 
     def __init__(self, skip: Container[str]) -> None:
+        self.is_whole = True
         self._skip = skip
         self._taken: set[str] = set()
 
     @property
     def num_images(self) -> int:
         return len(self._taken)
+
+    def missing(self, image_ids: Iterable[str]) -> list[str]:
+        """Those that the shard, read to its end, does not hold; none where that cannot be told."""
+        return sorted(set(image_ids) - self._taken) if self.is_whole else []
 
     def claim(self, key: str) -> ClaimedId:
         image_id, number = key, 1
@@ -91,6 +103,11 @@ class ImageIds:
     def give_back(self, claimed: ClaimedId) -> None:
         """The image turned out not to be one."""
         self._taken.remove(claimed.image_id)
+
+
+def content_hash(data: bytes) -> bytes:
+    """BLAKE2b-128 of the encoded bytes."""
+    return hashlib.blake2b(data, digest_size=16).digest()
 
 
 def is_image_name(key: str) -> bool:

@@ -6,6 +6,7 @@ image plus what tar_source, parquet_source or files_source read ahead, however l
 """
 
 from collections.abc import Container, Iterable, Iterator
+from dataclasses import replace
 
 from jobs.lake.files_source import read_objects
 from jobs.lake.parquet_source import read_parquet
@@ -24,6 +25,7 @@ class ShardReader:
 
     num_images: images in the shard, with failed and skipped ones: known once the iteration came to its end,
         None before. It equals the number of different image ids the shard gives over all runs.
+    ids: those that were met so far, of this iteration.
 
     Raises (while iterating):
         StorageError: the shard as a whole vanished, is denied, or cannot be reached: nothing is known about
@@ -32,6 +34,7 @@ class ShardReader:
 
     def __init__(self, shard: Shard, spec: SourceSpec, storage: Storage, skip: Container[str]) -> None:
         self.num_images: int | None = None
+        self.ids = ImageIds(skip)
         self._shard = shard
         self._spec = spec
         self._storage = storage
@@ -39,9 +42,12 @@ class ShardReader:
 
     def __iter__(self) -> Iterator[SourceImage]:
         self.num_images = None
-        ids = ImageIds(self._skip)
+        ids = self.ids = ImageIds(self._skip)
+        info = self._shard.info
         try:
-            yield from self._read(ids)
+            for image in self._read(ids):
+                # Single objects have versions of their own.
+                yield image if info is None else replace(image, version=info.version)
         except OSError as error:  # from a file that is read in place
             raise StorageError(f"{self._shard.uri}: reading failed ({error.strerror or error})") from error
         self.num_images = ids.num_images

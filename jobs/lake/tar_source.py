@@ -84,6 +84,7 @@ def _not_a_file(image_id: str, shard: str, member: TarMember) -> SourceImage:
 
 
 def _tail(shard: Shard, kind: ErrorKind, problem: str, ids: ImageIds) -> Iterator[SourceImage]:
+    ids.is_whole = False
     claimed = ids.claim(f"{shard.name}/#tail")
     if claimed.wanted:
         yield SourceImage.failed(

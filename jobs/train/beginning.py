@@ -32,8 +32,8 @@ def begin(
         UsageError: data or model cannot be trained on.
         StorageError: they cannot be reached.
     """
-    categories = find_categories(spec.data, spec.model, storage)
-    start = start_model(spec.model, categories, spec.recipe.seed, storage)
+    categories = find_categories(spec.data, spec.model, storage, spec.lake_uri)
+    start = start_model(spec.model, categories, spec.recipe.seed, storage, spec.lake_uri)
     categories = start.model.config.categories
     for name in (*spec.data, *(["evaluate"] if spec.evaluate.data else [])):
         note(f"preparing the data set {name} …")

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import re
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -28,7 +27,7 @@ from maskrcnn_core.checkpoint import CheckpointError, parse_checkpoint
 from maskrcnn_core.config import PRESETS
 from schemas.errors import UsageError
 from schemas.specs import SourceSpec
-from schemas.train_spec import DataSpec, TrainModelSpec
+from schemas.train_spec import DataSpec, TrainModelSpec, split_version
 
 Categories = tuple[tuple[int, str], ...]
 
@@ -50,7 +49,9 @@ class DataFile:
     description: Mapping[str, Any] = field(default_factory=dict)
 
 
-def find_categories(data: Mapping[str, DataSpec], model: TrainModelSpec, storage: Storage) -> Categories:
+def find_categories(
+    data: Mapping[str, DataSpec], model: TrainModelSpec, storage: Storage, lake_uri: str | None = None
+) -> Categories:
     """(category_id, name) that the model is to know: those of all instances JSONs, or the model's own.
 
     A label table has ids only; trained on that alone, a checkpoint keeps its categories.
@@ -77,7 +78,7 @@ def find_categories(data: Mapping[str, DataSpec], model: TrainModelSpec, storage
             f"model.uri {model.uri} is a preset, and a label table does not say what its categories are "
             "called; give the checkpoint that made the labels, or a coco: data set beside it"
         )
-    content, where = read_checkpoint_bytes(model.uri, storage)
+    content, where = read_checkpoint_bytes(model.uri, storage, lake_uri)
     try:
         return parse_checkpoint(content, where).config.categories
     except CheckpointError as error:
@@ -149,9 +150,3 @@ def _records(spec: DataSpec, storage: Storage) -> Records:
         ignore_below=spec.min_score if spec.ignore_below is None else spec.ignore_below,
         images=() if images is None else (images,),
     )
-
-
-def split_version(uri: str) -> tuple[str, int | None]:
-    """`s3://bucket/lake@42` -> the lake and 42; without a number the newest, None."""
-    match = re.fullmatch(r"(.+)@(\d{1,18})", uri)
-    return (match[1], int(match[2])) if match else (uri, None)

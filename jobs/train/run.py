@@ -28,7 +28,7 @@ from jobs.lake.models import read_checkpoint_bytes
 from jobs.lake.registry import ModelRegistry
 from jobs.lake.storage import MissingObjectError, Storage
 from jobs.train.beginning import begin
-from jobs.train.data_files import DataFile, fetch_data_file, split_version
+from jobs.train.data_files import DataFile, fetch_data_file
 from jobs.train.image_locations import ImageReader
 from jobs.train.mailbox import Mailbox, Sender
 from jobs.train.metrics import EvalMetrics, StepMetrics
@@ -243,8 +243,9 @@ class _Driver:
         content, where = read_checkpoint_bytes(self.summary.model, self.storage)
         checkpoint = parse_checkpoint(content, where)
         if self.spec.register_as.name is not None:
+            assert self.spec.lake_uri is not None  # the spec asks for it
             facts = {"run_id": self.record.run_id, "evaluation": self.summary.evaluation}
-            made = ModelRegistry(self._registry_lake(), self.storage).register(
+            made = ModelRegistry(self.spec.lake_uri, self.storage).register(
                 self.spec.register_as.name, content, checkpoint.fingerprint, facts
             )
             self.summary.registered = str(made)
@@ -269,18 +270,6 @@ class _Driver:
         """What was asked for, as people and trackers are shown it."""
         recipe = {f"recipe.{key}": str(value) for key, value in asdict(self.recipe).items()}
         return {"model": self.spec.model.uri, "out": self.out_uri, **recipe}
-
-    def _registry_lake(self) -> str:
-        if self.spec.register_as.lake is not None:
-            return self.spec.register_as.lake
-        lakes = [
-            split_version(data.uri.removeprefix("lake:"))[0]
-            for data in self.spec.data.values()
-            if data.uri.startswith("lake:")
-        ]
-        if len(set(lakes)) != 1:
-            raise UsageError("register_as.lake is not set, and the data are not of one lake: name the lake")
-        return lakes[0]
 
 
 class _Outcome:

@@ -41,7 +41,9 @@ class Start:
     origin: Mapping[str, Any]
 
 
-def start_model(spec: TrainModelSpec, categories: Categories, seed: int, storage: Storage) -> Start:
+def start_model(
+    spec: TrainModelSpec, categories: Categories, seed: int, storage: Storage, lake_uri: str | None = None
+) -> Start:
     """Build it.
 
     Categories of a checkpoint keep their weights where the data has one of the same name; the others' are
@@ -55,7 +57,7 @@ def start_model(spec: TrainModelSpec, categories: Categories, seed: int, storage
     if spec.backbone is not None or spec.norm is not None:
         what = "backbone" if spec.backbone is not None else "norm"
         raise UsageError(f"model.{what} is for presets ({', '.join(PRESETS)}); {spec.uri} has one of its own")
-    data, where = read_checkpoint_bytes(spec.uri, storage)
+    data, where = read_checkpoint_bytes(spec.uri, storage, lake_uri)
     try:
         checkpoint = parse_checkpoint(data, where)
         config = _with_changes(checkpoint.config, spec)

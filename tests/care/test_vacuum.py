@@ -9,12 +9,13 @@ import pyarrow as pa
 import pytest
 
 from jobs.care.doctor import audit
-from jobs.care.vacuum import parse_duration, vacuum
+from jobs.care.vacuum import vacuum
 from jobs.lake.compact import run_compaction
 from jobs.lake.fragments import Fragment, write_fragment
 from jobs.lake.labels_table import LabelsTable
 from jobs.lake.lease import Lease
 from jobs.lake.storage import Storage
+from schemas.durations import parse_duration
 from schemas.errors import LeaseHeldError, UsageError
 
 MakeRows = Callable[..., pa.Table]

@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -90,6 +90,12 @@ def write_source(folder: Path, objects: Mapping[str, bytes]) -> str:
     for name, data in objects.items():
         (folder / name).write_bytes(data)
     return str(folder)
+
+
+class Command(Protocol):
+    """What a driver is asked to do."""
+
+    def argv(self) -> list[str]: ...
 
 
 @dataclass(frozen=True)
@@ -214,7 +220,7 @@ class Drivers:
         self._reader = threading.Thread(target=self._listen, daemon=True)
         self._reader.start()
 
-    def start(self, job: Job, env: Mapping[str, str] | None = None) -> Driver:
+    def start(self, job: Command, env: Mapping[str, str] | None = None) -> Driver:
         assert self._server.stdin is not None
         self._count += 1
         stdout, stderr = (self._folder / f"driver-{self._count:04d}.{name}" for name in ("out", "err"))
@@ -226,7 +232,7 @@ class Drivers:
             assert self._started, "the fork server does not answer"
             return Driver(self, self._started.pop(), stdout, stderr)
 
-    def run(self, job: Job, env: Mapping[str, str] | None = None) -> Ended:
+    def run(self, job: Command, env: Mapping[str, str] | None = None) -> Ended:
         return self.start(job, env).wait()
 
     def wait(self, pid: int, timeout_s: float) -> int:

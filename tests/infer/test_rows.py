@@ -3,8 +3,9 @@ from datetime import UTC, datetime
 import numpy as np
 import pyarrow as pa
 
-from jobs.infer.rows import Failure, Lineage, content_hash, label_rows
+from jobs.infer.rows import Failure, Lineage, label_rows
 from jobs.infer.units import UnitReport, images_of, read_row, table_from_bytes, table_to_bytes
+from jobs.lake.shards import content_hash
 from jobs.lake.sources import SourceImage
 from maskrcnn_core.predictor import Detections
 from schemas.labels import LABEL_SCHEMA, ErrorKind

@@ -9,10 +9,11 @@ from __future__ import annotations
 import random
 import sys
 from collections import Counter
-from collections.abc import Container, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pytest
 
@@ -20,19 +21,19 @@ from jobs.infer.books import Books
 from jobs.infer.units import UnitReport
 from jobs.lake import done_images
 from jobs.lake.commit import Committer
-from jobs.lake.done_images import KEY_COLUMNS, DoneImages, LabelFile, Range
+from jobs.lake.done_images import KEY_COLUMNS, DoneImages, Known, LabelFile, Range
 from jobs.lake.fragments import Fragment
 from jobs.lake.object_table import ObjectTable
-from jobs.lake.plan import plan_shards
+from jobs.lake.plan import ShardTask, plan_shards
 from jobs.lake.shard_index import ShardIndex
 from jobs.lake.sources import Shard
 from jobs.lake.storage import ObjectInfo
 from schemas.errors import MasklakeError
+from schemas.labels import LABEL_SCHEMA
 from tests.lake.memory_log import MODEL, Log, MemoryStore, StoppedError
 
 SOURCE = "s3://photos"
 APP = "infer:schedules"
-KEY_TYPES = [pa.string()] * 5 + [pa.int64()]
 
 
 @dataclass
@@ -92,11 +93,9 @@ class World:
         )
 
     def _keys(self, file: LabelFile) -> pa.Table:
-        rows = [(image, SOURCE, shard, "ok", None, 0) for shard, image in self.rows[file.path]]
-        columns = [
-            pa.array(values, kind) for values, kind in zip(zip(*rows, strict=True), KEY_TYPES, strict=True)
-        ]
-        return pa.table(columns, names=list(KEY_COLUMNS))
+        shared = {"source": SOURCE, "status": "ok", "labeled_at": 0}
+        rows = [{**shared, "shard": shard, "image_id": image} for shard, image in self.rows[file.path]]
+        return pa.Table.from_pylist(rows, pa.schema([LABEL_SCHEMA.field(name) for name in KEY_COLUMNS]))
 
 
 class Run:
@@ -121,12 +120,11 @@ class Run:
         self.num_planned = sum(len(images) for _, _, images in self._work)
         rng.shuffle(self._work)
 
-    def _units(
-        self, planned: Iterator[tuple[Shard, Container[str]]]
-    ) -> Iterator[tuple[UnitReport, str | None, list[str]]]:
+    def _units(self, planned: Iterator[ShardTask]) -> Iterator[tuple[UnitReport, str | None, list[str]]]:
         """(report, unit id or None, images) as the read stage gives them for what the source holds now."""
         size = self._rng.randint(1, 4)  # of units, which may differ from run to run
-        for shard, skip in planned:
+        for task in planned:
+            shard, skip = task.shard, task.skip
             version, held = self._world.shards.get(shard.name, (None, [key for key, _ in shard.objects]))
             closing = UnitReport(shard.name)
             if shard.info is not None and shard.info.version != version:
@@ -305,8 +303,9 @@ class _CountsTwice(Committer):
 class _PlansFromNothing(DoneImages):
     """Forgets single images that are done."""
 
-    def known(self, image_ids: pa.ChunkedArray[Any]) -> pa.ChunkedArray[pa.BooleanScalar]:
-        return pa.chunked_array([[None] * len(image_ids)], pa.bool_())
+    def known(self, objects: ObjectTable) -> Known:
+        nothing: Any = pa.nulls(len(objects), pa.binary(16))
+        return Known(np.zeros(len(objects), np.int8), nothing)
 
 
 @pytest.mark.parametrize(

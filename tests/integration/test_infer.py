@@ -9,6 +9,7 @@ import shutil
 import tarfile
 import zlib
 from collections.abc import Callable, Generator
+from hashlib import blake2b
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -157,7 +158,7 @@ def test_a_job_over_the_wire_finds_and_leaves_everything_in_the_bucket(
     assert (summary.merged_files, len(merged.files()), merged.version) == (5, 1, summary.committed_version)
     assert label(source, lake, storage=storage).status == "nothing_to_do"
     kept = {key.split("/")[1] for key in s3_bucket.list_keys("lake/")}
-    assert kept == {"labels", "runs", "shard_index", "leases"}
+    assert kept == {"labels", "runs", "shard_index", "leases", "models"}
 
 
 @pytest.mark.usefixtures("straight")
@@ -326,16 +327,34 @@ def test_only_failures_are_tried_again_when_only_they_are_asked_for(tmp_path: Pa
 
 
 @pytest.mark.usefixtures("straight")
-def test_failures_are_tried_again_only_when_asked(tmp_path: Path) -> None:
+def test_failures_are_tried_again_when_asked_or_when_their_object_is_another(tmp_path: Path) -> None:
     write_source("files", tmp_path / "images", {**scene_files(2), "late.jpg": b""})
     lake = str(tmp_path / "lake")
     label(str(tmp_path / "images"), lake, "failures.budget=100%")
-    (tmp_path / "images" / "late.jpg").write_bytes(scene_files(1, first=50)["image-0050.jpg"])
     assert label(str(tmp_path / "images"), lake).status == "nothing_to_do"
-    retried = label(str(tmp_path / "images"), lake, "failures.retry=[empty]")
-    assert (retried.images, retried.ok) == (1, 1)
-    current = LabelsTable.open(lake, Storage(StorageSpec())).to_current(retried.model_id).to_arrow_table()
+    retried = label(str(tmp_path / "images"), lake, "failures.retry=[empty]", "failures.budget=100%")
+    assert (retried.images, retried.failed) == (1, 1)
+    (tmp_path / "images" / "late.jpg").write_bytes(scene_files(1, first=50)["image-0050.jpg"])
+    changed = label(str(tmp_path / "images"), lake)
+    assert (changed.images, changed.ok) == (1, 1)
+    current = LabelsTable.open(lake, Storage(StorageSpec())).to_current(changed.model_id).to_arrow_table()
     assert current["status"].to_pylist() == ["ok"] * 3
+
+
+@pytest.mark.usefixtures("straight")
+def test_an_object_written_again_is_read_and_labelled_only_if_its_content_is_another(tmp_path: Path) -> None:
+    images = scene_files(4)
+    for form in ("files", "tar"):
+        source, lake = tmp_path / form, str(tmp_path / f"{form}-lake")
+        write_source(form, source, images)
+        assert label(str(source), lake).images == 4
+        shutil.rmtree(source)
+        changed = {**images, "image-0001.jpg": scene_files(1, first=50)["image-0050.jpg"]}
+        write_source(form, source, changed)
+        again = label(str(source), lake)
+        assert (again.images, again.unchanged) == (1, 3)
+        (row,) = (row for row in rows(lake) if row["run_id"] == again.run_id)
+        assert row["content_hash"] == blake2b(changed["image-0001.jpg"], digest_size=16).digest()
 
 
 @pytest.mark.usefixtures("straight")

@@ -102,6 +102,7 @@ def make_label_rows(
     removed: Sequence[str] = (),
     at_us: int = 1_700_000_000_000_000,
     run_id: str = "run-1",
+    object_version: str | None = None,
 ) -> pa.Table:
     """Every ok row has two detections. `failed` maps image ids to error kinds."""
     labeled_at = datetime.fromtimestamp(at_us / 1e6, UTC).replace(microsecond=at_us % 1_000_000)
@@ -124,6 +125,7 @@ def make_label_rows(
                 "image_id": image_id,
                 "source": source,
                 "shard": shard,
+                "object_version": object_version,
                 "content_hash": blake2b(image_id.encode(), digest_size=16).digest(),
                 "width": 640 if ok else None,
                 "height": 480 if ok else None,

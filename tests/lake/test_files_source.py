@@ -196,7 +196,11 @@ def test_an_object_that_never_stays_the_same_is_left_for_the_next_run(
 def test_an_empty_object_is_an_image_of_zero_bytes(storage: Storage, tmp_path: Path) -> None:
     (tmp_path / "a.jpg").write_bytes(b"")
     (shard,) = list_shards(SourceSpec(uri=str(tmp_path)), storage)
-    assert read(storage, shard)[0] == [SourceImage("a.jpg", ".", b"", None, None)]
+    ((_, info),) = shard.objects
+    assert info is not None
+    version = info.version
+    assert read(storage, shard)[0] == [SourceImage("a.jpg", ".", b"", None, None, version)]
+    assert version.endswith("-0")  # its size
 
 
 def test_a_slice_with_everything_done_reads_nothing(storage: Storage) -> None:

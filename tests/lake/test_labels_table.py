@@ -1,5 +1,6 @@
 """The label table, jobs/lake/labels_table.py, and what is done in it, jobs/lake/done_images.py."""
 
+import shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
@@ -13,16 +14,18 @@ import pytest
 from deltalake import DeltaTable, QueryBuilder, write_deltalake
 
 from jobs.lake.compact import commit_compaction, merge_group, plan_compaction
-from jobs.lake.done_images import DoneImages, ShardState
+from jobs.lake.done_images import DoneImages, ShardState, Standing
 from jobs.lake.fragments import Fragment
 from jobs.lake.labels_table import LabelsTable
-from jobs.lake.storage import CorruptObjectError, Storage
+from jobs.lake.object_table import ObjectTable
+from jobs.lake.storage import CorruptObjectError, ObjectInfo, Storage
 from schemas.errors import SchemaMismatchError, UsageError
 from schemas.labels import LABEL_SCHEMA, ErrorKind
 
 MODEL = "lite-0123456789ab"
 ODD_MODEL = "my mödel/v1=a%20b+#?:&'-0123456789ab"
 SOURCE = "s3://photos/2026"
+GOLDEN = Path(__file__).parents[1] / "golden"
 
 MakeRows = Callable[..., pa.Table]
 AddLabels = Callable[..., list[Fragment]]
@@ -35,8 +38,11 @@ def table(lake: str, storage: Storage) -> LabelsTable:
 
 def among(done: DoneImages, image_ids: list[str]) -> frozenset[str]:
     """Those of the ids that are done."""
-    known = done.known(pa.chunked_array([image_ids], pa.string())).to_pylist()
-    return frozenset(image_id for image_id, is_done in zip(image_ids, known, strict=True) if is_done)
+    objects = ObjectTable.of((image_id, ObjectInfo(image_id, 1, None, "")) for image_id in image_ids)
+    known = done.known(objects).standing
+    return frozenset(
+        i for i, s in zip(image_ids, known, strict=True) if s in (Standing.DONE, Standing.FAILED)
+    )
 
 
 def test_a_new_table_is_empty(table: LabelsTable) -> None:
@@ -59,7 +65,7 @@ def test_any_reader_may_read_the_table(table: LabelsTable) -> None:
         "delta.appendOnly": "true",
         "delta.checkpointInterval": "25",
         "delta.enableExpiredLogCleanup": "false",
-        "masklake.label_schema_version": "1",
+        "masklake.label_schema_version": "2",
     }
     units = {field.name: field.metadata.get("unit") for field in table.delta.schema().fields}
     assert units["width"] == "px"
@@ -101,10 +107,79 @@ def test_a_table_that_is_not_ours_is_refused(lake: str, storage: Storage) -> Non
 
 
 def test_a_table_of_a_later_schema_is_refused(table: LabelsTable, lake: str, storage: Storage) -> None:
-    properties = {"masklake.label_schema_version": "2"}
+    properties = {"masklake.label_schema_version": "3"}
     table.delta.alter.set_table_properties(properties, raise_if_not_exists=False)
-    with pytest.raises(SchemaMismatchError, match="version 2"):
+    with pytest.raises(SchemaMismatchError, match="version 3; this masklake reads 1 and 2"):
         LabelsTable.open(lake, storage)
+
+
+def test_a_table_of_the_schema_before_is_read_as_it_is_and_brought_up_when_it_is_written_to(
+    tmp_path: Path, storage: Storage, make_rows: MakeRows, add_labels: AddLabels
+) -> None:
+    shutil.copytree(GOLDEN / "label_schema_1", tmp_path / "lake")
+    lake = storage.normalize(str(tmp_path / "lake"))
+    old = LabelsTable.open(lake, storage)
+    rows = old.dataset().to_table().sort_by("image_id")
+    assert (old.version, rows["image_id"].to_pylist(), rows["object_version"].null_count) == (
+        2,
+        ["a.jpg", "b.jpg", "c.jpg"],
+        3,
+    )
+    assert among(old.done_images(SOURCE, MODEL), ["a.jpg", "b.jpg", "c.jpg", "d.jpg"]) == {
+        "a.jpg",
+        "b.jpg",
+        "c.jpg",
+    }
+
+    table = LabelsTable.open_or_create(lake, storage)
+    add_labels(table, storage, make_rows(["d.jpg"], MODEL, shard=".", object_version="v1"))
+    again = LabelsTable.open_or_create(lake, storage)
+    assert again.version == table.version == 5
+    assert again.delta.metadata().configuration["masklake.label_schema_version"] == "2"
+    versions = again.to_current(MODEL).order("image_id").select("object_version").fetchall()
+    assert versions == [(None,), (None,), (None,), ("v1",)]
+    names = [str(field.name) for field in again.delta.schema().fields]
+    assert names == [*(name for name in LABEL_SCHEMA.names if name != "object_version"), "object_version"]
+    assert LabelsTable.open(lake, storage, version=2).dataset().count_rows() == 3
+
+
+def test_an_object_that_changed_since_it_was_labelled_is_told(
+    table: LabelsTable, storage: Storage, make_rows: MakeRows, add_labels: AddLabels
+) -> None:
+    rows = make_rows(["a", "b", "c", "e"], MODEL, failed={"b": "io"}, object_version="v1")
+    add_labels(
+        table,
+        storage,
+        rows,
+        make_rows(["d"], MODEL),
+        make_rows(["e"], MODEL, at_us=2 * 10**15, removed=["e"]),
+    )
+    versions = {"a": "v1", "b": "v2", "c": "v2", "d": "v2", "e": "v2", "f": "v2"}
+    objects = ObjectTable.of((i, ObjectInfo(i, 1, None, version)) for i, version in versions.items())
+    known = table.done_images(SOURCE, MODEL).known(objects)
+    assert [Standing(code).name for code in known.standing] == [
+        "DONE",
+        "CHANGED",
+        "CHANGED",
+        "DONE",  # its row does not say what it was made from
+        "NEW",  # it was gone, and is back
+        "NEW",
+    ]
+    assert known.content_hash.to_pylist()[2] == rows["content_hash"][2].as_py()
+    assert known.content_hash.to_pylist()[5] is None
+
+
+def test_the_images_of_a_shard_that_changed_are_told_with_what_was_in_them(
+    table: LabelsTable, storage: Storage, make_rows: MakeRows, add_labels: AddLabels
+) -> None:
+    rows = make_rows(["a", "b"], MODEL, object_version="v1")
+    add_labels(table, storage, rows, make_rows(["c"], MODEL, object_version="v2"), make_rows(["d"], MODEL))
+    done = table.done_images(SOURCE, MODEL)
+    assert done.ids("shard-000.tar") == {"a", "b", "c", "d"}
+    assert done.ids("shard-000.tar", "v2") == {"c", "d"}
+    hashes = rows["content_hash"].to_pylist()
+    assert done.contents("shard-000.tar", "v2") == {"a": hashes[0], "b": hashes[1]}
+    assert done.contents("shard-000.tar", "v1").keys() == {"c"}
 
 
 @pytest.mark.parametrize("name", ["50%25", "a\\b", "a#b", "a?b"])

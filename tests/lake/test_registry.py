@@ -73,7 +73,9 @@ def test_a_version_that_another_writer_makes_first_is_left_to_it(
     assert [v.fingerprint for v in on_disk.versions("street")] == [FIRST, SECOND]
 
 
-@pytest.mark.parametrize("name", ["", "blobs", "a/b", "..", ".hidden", "_x", "näme", "a b", "a@1", "x" * 101])
+@pytest.mark.parametrize(
+    "name", ["", "blobs", "aliases", "ids", "a/b", "..", ".hidden", "_x", "näme", "a b", "a@1", "x" * 101]
+)
 def test_a_name_that_cannot_be_used_is_refused(name: str, on_disk: ModelRegistry) -> None:
     with pytest.raises(UsageError, match="model name"):
         on_disk.register(name, b"weights", FIRST)
@@ -144,6 +146,14 @@ def test_a_version_cut_short_is_an_error_and_another_file_is_left_alone(
     (folder / "1.json").write_text("{")
     with pytest.raises(StorageError, match="damaged"):
         on_disk.versions("street")
+
+
+def test_what_else_the_lake_keeps_beside_its_models_is_none(on_disk: ModelRegistry, tmp_path: Path) -> None:
+    on_disk.register("street", b"weights", FIRST)
+    for path in ("ids/street-0123456789ab.json", "aliases/champion/1.json"):
+        (tmp_path / "models" / path).parent.mkdir(parents=True)
+        (tmp_path / "models" / path).write_text("{}")
+    assert on_disk.names() == ["street"]
 
 
 def test_a_fingerprint_that_is_none_is_our_own_mistake(on_disk: ModelRegistry) -> None:

@@ -61,6 +61,7 @@ def test_columns_and_types_are_those_of_the_design() -> None:
         "image_id": pa.string(),
         "source": pa.string(),
         "shard": pa.string(),
+        "object_version": pa.string(),
         "content_hash": pa.binary(16),
         "width": pa.int32(),
         "height": pa.int32(),
@@ -95,7 +96,7 @@ def test_every_mismatch_is_named_at_once_with_where_and_remedy() -> None:
     schema = schema.append(pa.field("runid", pa.string()))
     schema = schema.set(schema.get_field_index("status"), pa.field("status", pa.string()))
     assert mismatch(schema) == (
-        "fragment 00017 does not have label schema v1 (4 mismatches): "
+        "fragment 00017 does not have label schema v2 (4 mismatches): "
         "column 'status' may be null, wanted not null; "
         "column 'run_id' is missing, wanted string, not null; "
         "column 'max_score' is double, wanted float; "
@@ -133,13 +134,21 @@ def test_a_column_that_stands_twice_is_refused() -> None:
 
 
 def test_rows_of_a_later_schema_version_are_refused() -> None:
-    later = LABEL_SCHEMA.with_metadata({b"masklake.label_schema_version": b"2"})
-    assert "it says label schema version 2, wanted 1" in mismatch(later)
+    later = LABEL_SCHEMA.with_metadata({b"masklake.label_schema_version": b"3"})
+    assert "it says label schema version 3, wanted 2" in mismatch(later)
+
+
+def test_a_column_that_came_later_may_be_missing_in_a_table_of_before() -> None:
+    before = LABEL_SCHEMA.remove(LABEL_SCHEMA.get_field_index("object_version")).remove_metadata()
+    check_labels(before, "a table", version=1)
+    assert "(1 mismatch): column 'object_version' is missing, wanted string." in mismatch(before)
+    with pytest.raises(SchemaMismatchError, match="column 'shard' is missing"):
+        check_labels(before.remove(before.get_field_index("shard")), "a table", version=1)
 
 
 def test_an_empty_schema_names_all_columns() -> None:
     message = mismatch(pa.schema([]))
-    assert "(15 mismatches)" in message
+    assert "(16 mismatches)" in message
     assert all(f"'{name}' is missing" in message for name in LABEL_SCHEMA.names)
 
 

@@ -13,13 +13,12 @@ from jobs.train.data_files import (
     fetch_data_file,
     find_categories,
     make_data_file,
-    split_version,
 )
 from jobs.train.run_record import RunRecord, read_record, spec_hash, write_record
 from schemas.errors import UsageError
 from schemas.spec_loader import parse_spec
 from schemas.specs import StorageSpec
-from schemas.train_spec import DataSpec, TrainModelSpec
+from schemas.train_spec import DataSpec, TrainModelSpec, split_version
 from tests.train.conftest import MakeSpec
 
 STORAGE = Storage(StorageSpec())

@@ -36,7 +36,7 @@ def work(sender: Sender, size: int, rank: int, outcome: Exception | None, patch:
 
     patch.setattr(run, "train", train)
     patch.setattr(run, "get_device", lambda: torch.device("cpu"))
-    patch.setattr(run.Workers, "joined", lambda device: Workers(rank, size, device))
+    patch.setattr(Workers, "joined", lambda device: Workers(rank, size, device))
     run._train_on_ray({"job": None, "sender": sender})
 
 

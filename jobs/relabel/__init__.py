@@ -1,0 +1,1 @@
+"""Re-labels a lake: what is new, changed or stale, and a gate before it counts."""

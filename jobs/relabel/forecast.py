@@ -1,0 +1,206 @@
+"""`masklake plan`: what `masklake relabel` would do, how long it would take and cost. Writes nothing.
+
+Enters: a RelabelSpec. Leaves: counts by reason for each model that would label, and a forecast. The rate is
+measured: a few of the very images that are to be labelled go through the network, on this machine or, on a
+cluster, where an actor would stand.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime, timedelta
+
+import pyarrow as pa
+import ray
+import torch
+
+from cluster.profiles import PoolPlan, actor_profile
+from cluster.session import ClusterInfo, cluster_address, connect, local_cpus, shutdown
+from jobs.infer.job import Job, prepare
+from jobs.infer.label import Labeler, Replica
+from jobs.infer.read import UnitReader
+from jobs.infer.units import UnitReport
+from jobs.lake.listing import Listing
+from jobs.lake.plan import ShardTask
+from jobs.relabel.night import open_table, plan_night
+from jobs.relabel.worklist import Worklist
+from schemas.relabel_spec import RelabelSpec
+
+DEFAULT_SAMPLE = 32
+# Of a run on one machine: Ray, the actors' network, the last commit; measured on two cores (docs/relabel.md).
+STARTUP_S = 25.0
+# What actors reach of the rate that one reaches alone, for they wait for units now and then.
+_BUSY_SHARE = 0.94
+
+
+@dataclass(frozen=True)
+class PassForecast:
+    """One model's part. counts: images by reason; seconds: of labelling."""
+
+    model_id: str
+    counts: dict[str, int]
+    removed: int
+    estimated: int
+    images: int
+    images_per_s: float | None
+    seconds: float | None
+
+
+@dataclass
+class Forecast:
+    """What a run would do now, and the nights that it would take.
+
+    images: to be labelled, by all models; this_run: those that the budget lets through; hours: of all actors
+    together; finish_at: UTC, of this run. None where nothing was sampled.
+    """
+
+    source: str
+    lake: str
+    current: str | None
+    passes: list[PassForecast] = field(default_factory=list)
+    actors: int = 0
+    images: int = 0
+    this_run: int = 0
+    runs: int = 0
+    seconds: float | None = None
+    hours: float | None = None
+    price: float | None = None
+    currency: str = ""
+    finish_at: str | None = None
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+
+def run_forecast(spec: RelabelSpec, sample: int = DEFAULT_SAMPLE) -> Forecast:
+    """Compare, sample, reckon.
+
+    Args:
+        sample: images that are labelled to measure the rate; 0: no rate, and so no times.
+
+    Raises:
+        UsageError: source, model, lake or spec cannot work.
+    """
+    job = prepare(spec.infer_spec())
+    night = plan_night(spec, job)
+    forecast = Forecast(job.source_uri, job.lake_uri, night.current, currency=spec.price.currency)
+    cluster, table = _cluster(job), open_table(job)
+    with Listing.of(spec.source, job.storage, job.lake_uri) as shards:
+        for part in night.passes:
+            with part.compare(shards, table) as work:
+                forecast.passes.append(_forecast_pass(part.job, work, cluster, sample))
+            forecast.actors = max(forecast.actors, _pool(part.job, cluster).max_actors)
+    _reckon(forecast, spec)
+    return forecast
+
+
+def _forecast_pass(job: Job, work: Worklist, cluster: ClusterInfo, sample: int) -> PassForecast:
+    counts, rate = work.counts, None
+    if sample and counts.to_do:
+        pool = _pool(job, cluster)
+        per_image_s = _measure(job, pool, work.tasks(), sample)
+        rate = None if per_image_s is None else pool.max_actors * _BUSY_SHARE / per_image_s
+    return PassForecast(
+        job.model_id,
+        {str(reason): count for reason, count in counts.by_reason.items()},
+        counts.removed,
+        counts.estimated,
+        counts.to_do,
+        rate,
+        None if rate is None else counts.to_do / rate,
+    )
+
+
+def _measure(job: Job, pool: PoolPlan, tasks: Iterator[ShardTask], sample: int) -> float | None:
+    """Seconds of an actor for an image; None where the sample could not be read."""
+    reader = UnitReader(job.spec.source, job.storage, job.spec.unit.max_bytes, min(pool.max_images, sample))
+    units: list[pa.Table] = []
+    num_images = 0
+    for task in tasks:
+        for unit in reader.read_units(task):
+            report = UnitReport.from_json(unit["report"][0].as_py())
+            if report.num_images:
+                units.append(unit)
+                num_images += report.num_images
+            if num_images >= sample:
+                break
+        if num_images >= sample:
+            break
+    if not units:
+        return None
+    replica = Replica(
+        job.model_overrides, job.device, job.precision, job.spec.pool.batch_size, pool.torch_threads
+    )
+    if cluster_address() is None:
+        return _label(job, replica, units)
+    remote = ray.remote(_label).options(num_cpus=pool.cpus_per_actor, num_gpus=pool.gpus_per_actor or None)
+    connect()
+    try:
+        return float(ray.get(remote.remote(job, replica, units)))
+    finally:
+        shutdown()
+
+
+def _label(job: Job, replica: Replica, units: Sequence[pa.Table]) -> float:
+    """Label and forget; the first unit warms up."""
+    labeler = Labeler(job.checkpoint, replica, job.lineage)
+    try:
+        labeler(units[0])
+        started = time.perf_counter()
+        reports = [UnitReport.from_json(labeler(unit)["report"][0].as_py()) for unit in units]
+        seconds = time.perf_counter() - started
+    finally:
+        labeler.close()
+    return seconds / sum(report.num_images for report in reports)
+
+
+def _cluster(job: Job) -> ClusterInfo:
+    """The cluster that a run would join, or what it would start on this machine."""
+    if cluster_address() is not None:
+        info = connect()
+        shutdown()
+        return info
+    cpus = float(local_cpus())
+    gpus = float(torch.cuda.device_count()) if job.device == "cuda" else 0.0
+    return ClusterInfo(cpus, gpus, 1, (cpus,), True)
+
+
+def _pool(job: Job, cluster: ClusterInfo) -> PoolPlan:
+    return actor_profile(
+        cluster.num_gpus,
+        cluster.num_cpus,
+        job.spec.pool,
+        job.preset,
+        node_cpus=cluster.node_cpus,
+        max_images=job.spec.unit.max_images,
+    )
+
+
+def _reckon(forecast: Forecast, spec: RelabelSpec) -> None:
+    """From images and rates to times and money."""
+    forecast.images = sum(part.images for part in forecast.passes)
+    left_s = math.inf if spec.budget.time_s is None else spec.budget.time_s - STARTUP_S
+    left = forecast.images if spec.budget.max_images is None else spec.budget.max_images
+    known = all(part.seconds is not None or not part.images for part in forecast.passes)
+    seconds = 0.0
+    for part in forecast.passes:
+        images = min(part.images, left)
+        if part.images_per_s:
+            images = min(images, int(max(0.0, left_s - seconds) * part.images_per_s))
+            seconds += images / part.images_per_s
+        forecast.this_run += images
+        left -= images
+    forecast.runs = math.ceil(forecast.images / forecast.this_run) if forecast.this_run else 0
+    if not known:
+        return
+    forecast.seconds = seconds + (STARTUP_S if forecast.images else 0.0)
+    all_s = sum(part.seconds or 0.0 for part in forecast.passes)
+    forecast.hours = forecast.actors * (all_s + STARTUP_S * forecast.runs) / 3600
+    forecast.price = forecast.hours * spec.price.per_hour
+    forecast.finish_at = (datetime.now(UTC) + timedelta(seconds=forecast.seconds)).isoformat(
+        timespec="minutes"
+    )

@@ -1,0 +1,158 @@
+"""What a run over a source consists of: the models that label, in turn, and whose labels count meanwhile.
+
+Enters: a RelabelSpec, the lake. Leaves: passes, each with a worklist; nothing is written.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+
+from jobs.infer.job import Job, prepare
+from jobs.lake.current import current_of, history, read_current
+from jobs.lake.labels_table import LabelsTable
+from jobs.lake.model_ids import check_categories, read_model_id
+from jobs.lake.shard_index import load_shard_index
+from jobs.lake.shards import Shard
+from jobs.relabel.worklist import Worklist, open_worklist
+from schemas.errors import UsageError
+from schemas.relabel_spec import RelabelSpec
+from schemas.specs import ModelSpec
+
+# Rows are newer or older by their time, so a clock that is behind the table's would hide what it labels.
+_CLOCK_PATIENCE_S = 5.0
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One model over the source. current_id: whose labels are stale where this model has none."""
+
+    spec: RelabelSpec
+    job: Job
+    current_id: str | None
+
+    @contextmanager
+    def compare(self, shards: Iterable[Shard], table: LabelsTable | None) -> Iterator[Worklist]:
+        """The worklist, as of the table's version."""
+        job = self.job
+        index, current_index = (
+            {} if model_id is None else load_shard_index(job.storage, job.lake_uri, job.source_uri, model_id)
+            for model_id in (job.model_id, self.current_id)
+        )
+        with open_worklist(
+            shards,
+            table,
+            job.source_uri,
+            job.model_id,
+            self.current_id,
+            retry=self.spec.failures.retry,
+            order=self.spec.order,
+            index=index,
+            current_index=current_index,
+        ) as work:
+            yield work
+
+
+@dataclass
+class Night:
+    """The passes of one run.
+
+    current: the model_id whose labels count before it, None where there are none. is_promoted: the table says
+    so, and it is not only that nobody else labelled the source. rolled_back: who took the job's model back
+    from the source and when, if that was the last switch. unlabelled: the current model, where it cannot
+    label what is new. notes: for people.
+    """
+
+    job: Job
+    current: str | None = None
+    is_promoted: bool = False
+    rolled_back: str | None = None
+    unlabelled: str | None = None
+    passes: list[Pass] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+def plan_night(spec: RelabelSpec, job: Job) -> Night:
+    """Look at the lake.
+
+    Args:
+        job: of the spec's model.
+
+    Raises:
+        UsageError: the model's categories contradict those of the labels that count, or this machine's clock
+            is behind the table.
+        StorageError: the lake cannot be reached.
+    """
+    night = Night(job)
+    table = open_table(job)
+    if table is not None:
+        _check_clock(table)
+        night.current = current_of(table, job.source_uri)
+        night.is_promoted = job.source_uri in read_current(table)
+        night.rolled_back = _rolled_back(table, job)
+    others = night.current if night.current != job.model_id else None
+    if table is not None and others is not None:
+        record = read_model_id(job.storage, job.lake_uri, others)
+        if record is not None:
+            check_categories(record, job.record)
+        kept = _job_of_current(spec, job, table, others, night.notes) if spec.keep_current else None
+        if kept is not None:
+            night.passes.append(Pass(spec, kept, None))
+        else:
+            night.unlabelled = others
+    night.passes.append(Pass(spec, job, others))
+    return night
+
+
+def _rolled_back(table: LabelsTable, job: Job) -> str | None:
+    for switch in history(table):
+        if job.source_uri in switch.sources:
+            _, before = switch.sources[job.source_uri]
+            is_ours = before is not None and before.model_id == job.model_id
+            return f"{switch.by}, {switch.at}" if switch.event == "rollback" and is_ours else None
+    return None
+
+
+def open_table(job: Job) -> LabelsTable | None:
+    """The newest version, None where the lake has no table yet."""
+    if not LabelsTable.exists(job.lake_uri, job.storage):
+        return None
+    return LabelsTable.open(job.lake_uri, job.storage)
+
+
+def _job_of_current(
+    spec: RelabelSpec, job: Job, table: LabelsTable, current: str, notes: list[str]
+) -> Job | None:
+    """What labels as the current model does; None, with a note, where that cannot be had."""
+    known = read_current(table).get(job.source_uri)
+    record = read_model_id(job.storage, job.lake_uri, current)
+    problem = "it is not in the lake's registry"
+    if known is not None and known.model is not None and record is not None:
+        model = ModelSpec(uri=f"registry:{known.model}", **record.settings)
+        kept = prepare(spec.infer_spec(model))
+        if kept.model_id == current:
+            return kept
+        problem = f"here it labels as {kept.model_id}, in {kept.precision}"
+    notes.append(
+        f"until {job.model_id} is promoted, new images get no labels of {current}, which count: {problem}"
+    )
+    return None
+
+
+def _check_clock(table: LabelsTable) -> None:
+    """Wait until this machine's clock is past the newest row, if that takes a moment only.
+
+    Raises:
+        UsageError: it takes longer.
+    """
+    newest = table.newest_row_at()
+    ahead_s = 0.0 if newest is None else (newest - datetime.now(UTC)).total_seconds()
+    if ahead_s > _CLOCK_PATIENCE_S:
+        raise UsageError(
+            f"this machine's clock is {ahead_s:,.0f} s behind the table, whose newest row is of {newest}: "
+            "what is labelled now would count as older than what is there; set the clock right"
+        )
+    time.sleep(max(0.0, ahead_s))
