@@ -190,7 +190,7 @@ def _reckon(forecast: Forecast, spec: RelabelSpec) -> None:
     for part in forecast.passes:
         images = min(part.images, left)
         if part.images_per_s:
-            images = min(images, int(max(0.0, left_s - seconds) * part.images_per_s))
+            images = int(min(images, max(0.0, left_s - seconds) * part.images_per_s))
             seconds += images / part.images_per_s
         forecast.this_run += images
         left -= images

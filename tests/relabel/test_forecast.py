@@ -1,0 +1,77 @@
+"""`masklake plan`, jobs/relabel/forecast.py, and what its command prints."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+from jobs.cli import app
+from jobs.relabel import forecast as forecast_module
+from jobs.relabel.forecast import STARTUP_S, run_forecast
+from schemas.relabel_spec import RelabelSpec
+from schemas.spec_loader import load_spec
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> str:
+    (tmp_path / "images").mkdir()
+    for number in range(30):
+        Image.new("RGB", (64, 48), (number * 8, 90, 90)).save(tmp_path / "images" / f"{number:02d}.png")
+    return str(tmp_path / "images")
+
+
+def make_spec(source: str, tmp_path: Path, *settings: str) -> RelabelSpec:
+    flags = {"source.uri": source, "model.uri": "demo", "lake.uri": str(tmp_path / "lake")}
+    sizes = ["model.min_size_px=64", "model.max_size_px=96", "price.per_hour=2"]
+    return load_spec(RelabelSpec, None, [*sizes, *settings], **flags)
+
+
+@pytest.fixture
+def ten_a_second(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One actor labels an image in 0.094 s, so that with its share of idleness it makes ten a second."""
+    monkeypatch.setattr(forecast_module, "_measure", lambda *_: 0.094)
+    monkeypatch.setattr(forecast_module, "local_cpus", lambda: 2)
+
+
+@pytest.mark.usefixtures("ten_a_second")
+def test_without_a_budget_one_run_does_it_all(source: str, tmp_path: Path) -> None:
+    found = run_forecast(make_spec(source, tmp_path))
+    (only,) = found.passes
+    assert (only.counts["new"], only.images) == (30, 30)
+    assert only.images_per_s == pytest.approx(10)
+    assert (found.current, found.actors, found.images, found.this_run, found.runs) == (None, 1, 30, 30, 1)
+    assert found.seconds == pytest.approx(3 + STARTUP_S)
+    assert found.hours == pytest.approx((3 + STARTUP_S) / 3600)
+    assert found.price == pytest.approx(2 * (3 + STARTUP_S) / 3600)
+    assert not (tmp_path / "lake").exists()
+
+
+@pytest.mark.usefixtures("ten_a_second")
+def test_a_budget_makes_several_runs_of_it(source: str, tmp_path: Path) -> None:
+    by_time = run_forecast(make_spec(source, tmp_path, f"budget.time_s={STARTUP_S + 1}"))
+    assert (by_time.this_run, by_time.runs) == (10, 3)
+    by_number = run_forecast(make_spec(source, tmp_path, "budget.max_images=7"))
+    assert (by_number.this_run, by_number.runs) == (7, 5)
+
+
+def test_the_rate_is_measured_on_the_images_themselves(source: str, tmp_path: Path) -> None:
+    found = run_forecast(make_spec(source, tmp_path), sample=4)
+    rate = found.passes[0].images_per_s
+    assert rate is not None
+    assert 1 < rate < 1000
+
+
+def test_the_command_prints_a_table_or_json_and_without_a_sample_no_times(
+    source: str, tmp_path: Path
+) -> None:
+    argv = ["plan", "--source", source, "--model", "demo", "--lake", str(tmp_path / "lake"), "--sample", "0"]
+    told = CliRunner().invoke(app, argv)
+    assert told.exit_code == 0, told.output
+    assert "this run  30 of 30 images" in told.output
+    assert "not known: nothing was sampled" in told.output
+    values = json.loads(CliRunner().invoke(app, [*argv, "--json"]).output.splitlines()[-1])
+    assert (values["images"], values["seconds"], values["price"]) == (30, None, None)
