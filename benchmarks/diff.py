@@ -10,13 +10,11 @@ another. Each diff runs in a process of its own, which then says how long it too
 from __future__ import annotations
 
 import json
-import re
 import subprocess
 import sys
 import tempfile
 import time
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,7 +22,7 @@ import pyarrow as pa
 import pyarrow.compute
 from numpy.typing import NDArray
 
-from benchmarks.common.report import arguments, write_report
+from benchmarks.common.report import arguments, peak_memory_mb, write_report
 from jobs.lake.commit import Committer, DeltaStore, app_id
 from jobs.lake.fragments import write_fragment
 from jobs.lake.labels_table import LabelsTable
@@ -89,10 +87,7 @@ def measure(lake: str, masks: bool, images: int) -> dict[str, float]:
     assert diff.total.moved
     assert diff.total.relabelled
     assert not diff.total.unreadable
-    # Not ru_maxrss, which begins with what the process that started this one had.
-    peak = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    assert peak is not None
-    return {"seconds": seconds, "cpu_s": cpu_s, "peak_mb": int(peak[1]) / 1024}
+    return {"seconds": seconds, "cpu_s": cpu_s, "peak_mb": peak_memory_mb()}
 
 
 def write_table(lake: str, images: int, objects: int) -> int:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import subprocess
 import sys
 import time
@@ -21,7 +20,7 @@ from functools import cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, urlsplit
 
-from benchmarks.common.report import arguments, write_report
+from benchmarks.common.report import arguments, peak_memory_mb, write_report
 from jobs.lake.listing import Listing
 from jobs.lake.s3_store import S3Store
 from jobs.lake.storage import Storage
@@ -94,8 +93,7 @@ def measure(endpoint: str, names: str, way: str) -> dict[str, float]:
         with Listing.of(SourceSpec(uri=f"s3://{BUCKET}/{names}"), storage, "unused") as listing:
             num_keys = listing.num_objects
     seconds = time.perf_counter() - started
-    peak_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    return {"seconds": seconds, "keys": num_keys, "peak_mb": peak_mb}
+    return {"seconds": seconds, "keys": num_keys, "peak_mb": peak_memory_mb()}
 
 
 @cache

@@ -85,3 +85,10 @@ def side_by_side(*sides: Callable[[], object], rounds: int) -> list[float]:
             time.sleep(0.02)  # torch's threads spin for a while after their work, and would be in the way
             times.append(seconds(work))
     return [statistics.median(times) for times in taken]
+
+
+def peak_memory_mb() -> float:
+    """Of this process, MiB. Not ru_maxrss, which begins with what the process that started this one had."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    (line,) = (line for line in lines if line.startswith("VmHWM:"))
+    return int(line.split()[1]) / 1024
