@@ -4,7 +4,7 @@ Enters: what the cluster has, the spec's pool section. Leaves: a PoolPlan withou
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -45,8 +45,10 @@ class PoolPlan:
     """What the pipeline asks Ray for.
 
     Attributes:
-        min_actors, max_actors: bounds of the pool; Ray Data scales between them.
-        gpus_per_actor, cpus_per_actor: what Ray books for an actor.
+        min_actors, max_actors: bounds of the pool; Ray Data scales between them. None: as many as find room,
+            for where actors want GPUs those are what they run out of, and nodes that join bring more.
+        actors: that find room now; the pool begins with so many, instead of growing one by one.
+        gpus_per_actor, cpus_per_actor, resources: what Ray books for an actor.
         torch_threads: what an actor's PyTorch and decoding may really use.
         tasks_in_flight: units sent to an actor before it returned the first.
         read_cpus, write_cpus: what Ray books for a task.
@@ -54,9 +56,11 @@ class PoolPlan:
     """
 
     min_actors: int
-    max_actors: int
+    max_actors: int | None
+    actors: int
     gpus_per_actor: float
     cpus_per_actor: float
+    resources: Mapping[str, float]
     torch_threads: int
     tasks_in_flight: int
     read_cpus: float
@@ -65,58 +69,41 @@ class PoolPlan:
 
 
 def actor_profile(
-    device_gpus_available: float,
-    num_cpus: float,
+    nodes: Sequence[Mapping[str, float]],
     pool: PoolSpec,
     preset: str,
-    *,
-    node_cpus: Sequence[float] | None = None,
     max_images: int | Literal["auto"] = "auto",
 ) -> PoolPlan:
     """Replace every "auto" and null by a number that fits the cluster.
 
     Args:
-        device_gpus_available: GPUs of all nodes.
-        num_cpus: CPUs of all nodes.
+        nodes: of each its CPU, GPU and custom resources; an actor cannot stand on two.
         pool: the spec's section.
         preset: the model's, such as "lite"; it decides how long an image takes.
-        node_cpus: CPUs of each node, for an actor cannot stand on two; None: one node.
         max_images: the spec's unit.max_images.
 
     Raises:
         UsageError: the actors that the spec wants would never start. Where max_actors is given the spec is
             taken at its word: the cluster may grow.
     """
-    nodes = list(node_cpus) if node_cpus else [num_cpus]
-    largest = max(nodes) or 1.0
-    gpus = _gpus_per_actor(device_gpus_available, pool)
+    gpus = _gpus_per_actor(sum(node.get("GPU", 0.0) for node in nodes), pool)
+    special = ({"GPU": gpus} if gpus > 0 else {}) | pool.resources
     wanted = pool.max_actors
-    cpus: float
-    if pool.cpus_per_actor != "auto":
-        cpus = pool.cpus_per_actor
-    elif gpus > 0:
-        actors = wanted or max(1, math.floor(device_gpus_available / gpus))
-        cpus = min(_MOST_CPUS_PER_GPU_ACTOR, largest, _whole((num_cpus - _FREE_CPUS) / actors))
-    else:
-        cpus = min(_CPUS_PER_CPU_ACTOR, largest, _whole(num_cpus - _FREE_CPUS))
-
-    room = _room(nodes, cpus)
-    if gpus > 0:
-        room = min(room, math.floor(device_gpus_available / gpus))
+    cpus = _cpus_per_actor(nodes, special, pool)
+    room = _room(nodes, {"CPU": cpus, **special})
     if wanted is None and room < pool.min_actors:
-        raise UsageError(
-            f"the cluster has {num_cpus:g} CPUs, of which {_FREE_CPUS:g} is kept for reading and writing, "
-            f"and {device_gpus_available:g} GPUs: room for {room} actors of {cpus:g} CPUs and {gpus:g} GPUs, "
-            f"the spec wants {pool.min_actors}; lower pool.min_actors, pool.cpus_per_actor or "
-            "pool.gpus_per_actor, or set pool.max_actors where the cluster grows"
-        )
-    max_actors = room if wanted is None else wanted
+        raise UsageError(_no_room(nodes, {"CPU": cpus, "GPU": gpus, **pool.resources}, room, pool.min_actors))
+    # Actors that want CPUs alone could take the one that stays free, once a pool may outgrow its room.
+    max_actors = room if wanted is None and gpus == 0 else wanted
+    actors = max(pool.min_actors, room if max_actors is None else min(room, max_actors))
     return PoolPlan(
         min_actors=pool.min_actors,
         max_actors=max_actors,
+        actors=actors,
         gpus_per_actor=gpus,
         cpus_per_actor=cpus,
-        torch_threads=_threads(pool, cpus, gpus, nodes, max_actors),
+        resources=pool.resources,
+        torch_threads=_threads(nodes, pool, cpus, gpus, max_actors or actors),
         tasks_in_flight=TASKS_IN_FLIGHT,
         read_cpus=READ_CPUS,
         write_cpus=WRITE_CPUS,
@@ -131,23 +118,78 @@ def _gpus_per_actor(gpus_available: float, pool: PoolSpec) -> float:
     return gpus
 
 
+def _cpus_per_actor(
+    nodes: Sequence[Mapping[str, float]], special: Mapping[str, float], pool: PoolSpec
+) -> float:
+    """What the actors can have on the nodes that have the special resources, without being fewer for it."""
+    if pool.cpus_per_actor != "auto":
+        return pool.cpus_per_actor
+    places = [(node.get("CPU", 0.0), slots) for node in nodes if (slots := _slots(node, special)) >= 1]
+    if not places:  # the cluster may grow
+        places = [(node.get("CPU", 0.0), 1) for node in nodes] or [(0.0, 1)]
+    spare = sum(node.get("CPU", 0.0) for node in nodes) - _FREE_CPUS
+    largest = max(cpus for cpus, _ in places) or 1.0
+    if "GPU" not in special:
+        return min(_CPUS_PER_CPU_ACTOR, largest, _whole(spare))
+    num_actors = pool.max_actors or max(1, sum(int(slots) for _, slots in places))
+    poorest = min(cpus / slots for cpus, slots in places)
+    if pool.max_actors is not None:  # they may leave places empty
+        poorest = max(poorest, min(largest, spare / num_actors))
+    return min(_MOST_CPUS_PER_GPU_ACTOR, largest, _whole(min(poorest, spare / num_actors)))
+
+
 def _whole(cpus: float) -> float:
     """Whole CPUs where there is one, else hundredths; never nothing."""
     return math.floor(cpus * 100) / 100 if 0.01 <= cpus < 1 else max(1.0, math.floor(cpus))
 
 
-def _room(nodes: Sequence[float], cpus_per_actor: float) -> int:
+def _slots(node: Mapping[str, float], amounts: Mapping[str, float]) -> float:
+    """How many actors of these amounts fit on a node; infinite where they want nothing."""
+    return min(
+        (math.floor(node.get(name, 0.0) / amount) for name, amount in amounts.items()), default=math.inf
+    )
+
+
+def _room(nodes: Sequence[Mapping[str, float]], amounts: Mapping[str, float]) -> int:
     """Actors that fit on the nodes, with _FREE_CPUS kept on the node where that costs the least."""
-    whole = [math.floor(node / cpus_per_actor) for node in nodes]
-    shrunk = [math.floor(max(0.0, node - _FREE_CPUS) / cpus_per_actor) for node in nodes]
-    return sum(whole) - min(full - rest for full, rest in zip(whole, shrunk, strict=True))
+    full = sum(int(_slots(node, amounts)) for node in nodes)
+    costs = [
+        _slots(node, amounts) - _slots({**node, "CPU": node["CPU"] - _FREE_CPUS}, amounts)
+        for node in nodes
+        if node.get("CPU", 0.0) >= _FREE_CPUS
+    ]
+    return full - int(min(costs, default=full))
 
 
-def _threads(pool: PoolSpec, cpus: float, gpus: float, nodes: Sequence[float], actors: int) -> int:
+def _no_room(
+    nodes: Sequence[Mapping[str, float]], amounts: Mapping[str, float], room: int, wanted: int
+) -> str:
+    def total(name: str) -> float:
+        return sum(node.get(name, 0.0) for node in nodes)
+
+    def listed(amount_of: Callable[[str], float]) -> str:
+        custom = (name for name in amounts if name not in ("CPU", "GPU"))
+        return "".join(
+            [f" and {amount_of('GPU'):g} GPUs", *(f", {amount_of(name):g} {name}" for name in custom)]
+        )
+
+    names = "".join(f", pool.resources.{name}" for name in amounts if name not in ("CPU", "GPU"))
+    return (
+        f"the cluster has {total('CPU'):g} CPUs, of which {_FREE_CPUS:g} is kept for reading and writing,"
+        f"{listed(total)}: room for {room} actors of {amounts['CPU']:g} CPUs{listed(amounts.__getitem__)}, "
+        f"the spec wants {wanted}; lower pool.min_actors, pool.cpus_per_actor or pool.gpus_per_actor{names}, "
+        "or set pool.max_actors where the cluster grows"
+    )
+
+
+def _threads(
+    nodes: Sequence[Mapping[str, float]], pool: PoolSpec, cpus: float, gpus: float, actors: int
+) -> int:
     """Threads of an actor. On CPUs the actors share all cores, for the tasks beside them are idle mostly."""
     if gpus > 0 or pool.cpus_per_actor != "auto":
         return max(1, int(cpus))
-    return max(1, min(_MOST_THREADS, int(max(nodes)), int(sum(nodes)) // max(1, actors)))
+    cores = [int(node.get("CPU", 0.0)) for node in nodes if _slots(node, pool.resources) >= 1]
+    return max(1, min(_MOST_THREADS, max(cores, default=1), sum(cores) // max(1, actors)))
 
 
 def _max_images(gpus: float, preset: str) -> int:

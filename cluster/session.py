@@ -7,7 +7,7 @@ import logging
 import os
 import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -30,17 +30,24 @@ class ClusterInfo:
     """What there is to run on, as Ray counts it.
 
     Attributes:
-        num_cpus, num_gpus: of all nodes that are alive.
-        num_nodes: nodes that are alive.
-        node_cpus: CPUs of each node that has any, the largest first.
+        nodes: of each that is alive its CPU, GPU and custom resources, that with most CPUs first.
         started_here: an embedded Ray that ends with this process.
     """
 
-    num_cpus: float
-    num_gpus: float
-    num_nodes: int
-    node_cpus: tuple[float, ...]
+    nodes: tuple[Mapping[str, float], ...]
     started_here: bool
+
+    @property
+    def num_cpus(self) -> float:
+        return sum(node.get("CPU", 0.0) for node in self.nodes)
+
+    @property
+    def num_gpus(self) -> float:
+        return sum(node.get("GPU", 0.0) for node in self.nodes)
+
+    @property
+    def most_node_cpus(self) -> float:
+        return max((node.get("CPU", 0.0) for node in self.nodes), default=0.0)
 
 
 _open_connects = 0  # calls of connect() that wait for their shutdown(), since this module called ray.init
@@ -185,10 +192,5 @@ def _native_stderr_dropped() -> Iterator[None]:
 def _cluster_info(started_here: bool) -> ClusterInfo:
     nodes = ray.nodes()  # type: ignore[no-untyped-call]  # Ray's types stop here
     resources = [node["Resources"] for node in nodes if node["Alive"]]
-    return ClusterInfo(
-        num_cpus=sum(node.get("CPU", 0.0) for node in resources),
-        num_gpus=sum(node.get("GPU", 0.0) for node in resources),
-        num_nodes=len(resources),
-        node_cpus=tuple(sorted((node["CPU"] for node in resources if node.get("CPU")), reverse=True)),
-        started_here=started_here,
-    )
+    resources.sort(key=lambda node: node.get("CPU", 0.0), reverse=True)
+    return ClusterInfo(tuple(resources), started_here)

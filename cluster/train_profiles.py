@@ -49,7 +49,7 @@ def train_plan(cluster: ClusterInfo, spec: TrainSpec) -> TrainPlan:
             f"scaling.num_workers wants {low} GPUs and the cluster has {cluster.num_gpus:g}; lower it, or "
             "set scaling.use_gpu=false"
         )
-    largest = max(cluster.node_cpus, default=cluster.num_cpus)
+    largest = cluster.most_node_cpus
     if scaling.cpus_per_worker != "auto":
         cpus = float(scaling.cpus_per_worker)
         if cpus * low > cluster.num_cpus:

@@ -105,6 +105,10 @@ CpusOrAuto = Annotated[
     Annotated[float, Strict(), Field(gt=0, allow_inf_nan=False)] | Auto,
     Wanted("a number, more than 0, or auto"),
 ]
+Resources = Annotated[
+    dict[Name, Annotated[float, Strict(), Field(gt=0, allow_inf_nan=False)]],
+    Wanted("names with a number, more than 0, each"),
+]
 SourceFormat = Annotated[
     Literal["auto", "tar", "parquet", "files", "list"], Wanted("one of auto, tar, parquet, files, list")
 ]

@@ -19,6 +19,7 @@ from schemas.spec_fields import (
     GpusOrAuto,
     Name,
     Precision,
+    Resources,
     Seconds,
     Section,
     SourceFormat,
@@ -88,6 +89,9 @@ class PoolSpec(Section):
         default="auto", description="auto: 1 where the cluster has GPUs, else 0"
     )
     cpus_per_actor: CpusOrAuto = Field(default="auto", description="auto: sized to the cluster")
+    resources: Resources = Field(
+        default={}, description="custom resources of Ray that an actor books, such as {a100: 1}"
+    )
     batch_size: Count = Field(default=16, description="images in a forward pass on a GPU; on a CPU it is one")
     precision: Precision = Field(default="auto", description="auto: bf16 on a GPU that has it, else fp32")
 

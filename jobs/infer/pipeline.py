@@ -92,6 +92,7 @@ def run_pipeline(pipeline: Pipeline) -> Generator[FinishedUnit, None, None]:
 
 def _build(pipeline: Pipeline, attempts: SharedAttempts) -> ray.data.Dataset:
     pool = pipeline.pool
+    units = pipeline.tasks.likely_units(pipeline.spec.unit.max_bytes, pool.max_images)
     return (
         ray.data.from_arrow(pipeline.tasks.table)
         .repartition(target_num_rows_per_block=1)  # a shard a task; from_items takes 12 times as long
@@ -114,10 +115,12 @@ def _build(pipeline: Pipeline, attempts: SharedAttempts) -> ray.data.Dataset:
             compute=ray.data.ActorPoolStrategy(
                 min_size=pool.min_actors,
                 max_size=pool.max_actors,
+                initial_size=max(pool.min_actors, min(pool.actors, units)),
                 max_tasks_in_flight_per_actor=pool.tasks_in_flight,
             ),
             num_cpus=pool.cpus_per_actor,
             num_gpus=pool.gpus_per_actor or None,
+            resources=dict(pool.resources),
             max_restarts=-1,
             max_task_retries=MAX_LOST_ACTORS,
         )

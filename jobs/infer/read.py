@@ -32,6 +32,7 @@ class Tasks(Iterable[ShardTask]):
 
     def __init__(self, tasks: Iterable[ShardTask]) -> None:
         self.num_bytes = 0  # of the shards' objects, to be read at most
+        self.num_objects = 0  # images that are objects of their own
         stream = iter(tasks)
         batches: list[pa.RecordBatch] = []
         while pickles := [self._pickle(task) for task in islice(stream, _TASKS_PER_BATCH)]:
@@ -41,10 +42,15 @@ class Tasks(Iterable[ShardTask]):
     def _pickle(self, task: ShardTask) -> bytes:
         """The driver's own, and it travels inside the cluster only."""
         self.num_bytes += task.shard.num_bytes
+        self.num_objects += len(task.shard.objects)
         return zlib.compress(pickle.dumps(task), 1)
 
     def __len__(self) -> int:
         return self.table.num_rows
+
+    def likely_units(self, max_bytes: int, max_images: int) -> int:
+        """How many units of these bounds there will be, as far as a listing tells."""
+        return max(len(self), self.num_bytes // max_bytes, self.num_objects // max_images)
 
     def __iter__(self) -> Iterator[ShardTask]:
         return map(_unpickle, self.table["task"])

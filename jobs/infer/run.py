@@ -200,7 +200,7 @@ class _Run:
     def _work_on(self, cluster: ClusterInfo, tasks: Tasks) -> None:
         pool = self._pool(cluster)
         self.summary.shards = len(tasks)
-        self.summary.actors = pool.max_actors
+        self.summary.actors = pool.actors
         self.watcher.start(len(tasks), tasks.num_bytes)
         replica = Replica(
             self.job.model_overrides,
@@ -279,14 +279,8 @@ class _Run:
     def _pool(self, cluster: ClusterInfo) -> PoolPlan:
         if self.job.device == "cpu":
             self.watcher.note(f"no GPU: labelling on {cluster.num_cpus:g} CPU cores in {self.job.precision}.")
-        return actor_profile(
-            cluster.num_gpus,
-            cluster.num_cpus,
-            self.job.spec.pool,
-            self.job.preset,
-            node_cpus=cluster.node_cpus,
-            max_images=self.job.spec.unit.max_images,
-        )
+        spec = self.job.spec
+        return actor_profile(cluster.nodes, spec.pool, self.job.preset, spec.unit.max_images)
 
     def _commit(self) -> None:
         """Commit whole: cut in two by a signal, it would take its own commit for another run's."""

@@ -93,7 +93,7 @@ def run_forecast(spec: RelabelSpec, sample: int = DEFAULT_SAMPLE) -> Forecast:
         for part in night.passes:
             with part.compare(shards, table) as work:
                 forecast.passes.append(_forecast_pass(part.job, work, cluster, sample))
-            forecast.actors = max(forecast.actors, _pool(part.job, cluster).max_actors)
+            forecast.actors = max(forecast.actors, _pool(part.job, cluster).actors)
     _reckon(forecast, spec)
     return forecast
 
@@ -103,7 +103,7 @@ def _forecast_pass(job: Job, work: Worklist, cluster: ClusterInfo, sample: int) 
     if sample and counts.to_do:
         pool = _pool(job, cluster)
         per_image_s = _measure(job, pool, work.tasks(), sample)
-        rate = None if per_image_s is None else pool.max_actors * _BUSY_SHARE / per_image_s
+        rate = None if per_image_s is None else pool.actors * _BUSY_SHARE / per_image_s
     return PassForecast(
         job.model_id,
         {str(reason): count for reason, count in counts.by_reason.items()},
@@ -137,7 +137,9 @@ def _measure(job: Job, pool: PoolPlan, tasks: Iterator[ShardTask], sample: int) 
     )
     if cluster_address() is None:
         return _label(job, replica, units)
-    remote = ray.remote(_label).options(num_cpus=pool.cpus_per_actor, num_gpus=pool.gpus_per_actor or None)
+    remote = ray.remote(_label).options(
+        num_cpus=pool.cpus_per_actor, num_gpus=pool.gpus_per_actor or None, resources=dict(pool.resources)
+    )
     connect()
     try:
         return float(ray.get(remote.remote(job, replica, units)))
@@ -166,18 +168,11 @@ def _cluster(job: Job) -> ClusterInfo:
         return info
     cpus = float(local_cpus())
     gpus = float(torch.cuda.device_count()) if job.device == "cuda" else 0.0
-    return ClusterInfo(cpus, gpus, 1, (cpus,), True)
+    return ClusterInfo(({"CPU": cpus, "GPU": gpus},), True)
 
 
 def _pool(job: Job, cluster: ClusterInfo) -> PoolPlan:
-    return actor_profile(
-        cluster.num_gpus,
-        cluster.num_cpus,
-        job.spec.pool,
-        job.preset,
-        node_cpus=cluster.node_cpus,
-        max_images=job.spec.unit.max_images,
-    )
+    return actor_profile(cluster.nodes, job.spec.pool, job.preset, job.spec.unit.max_images)
 
 
 def _reckon(forecast: Forecast, spec: RelabelSpec) -> None:

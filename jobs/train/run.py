@@ -163,7 +163,7 @@ class _Driver:
                 )
             self.summary.workers = plan.max_workers
             self.summary.hardware = (
-                f"{cluster.num_nodes} nodes, {cluster.num_cpus:g} CPUs, {cluster.num_gpus:g} GPUs"
+                f"{len(cluster.nodes)} nodes, {cluster.num_cpus:g} CPUs, {cluster.num_gpus:g} GPUs"
             )
             mailbox = Mailbox()
             try:

@@ -14,7 +14,10 @@ from schemas.specs import PoolSpec
 def plan(
     gpus: float, cpus: float, preset: str = "lite", nodes: Sequence[float] | None = None, **pool: Any
 ) -> PoolPlan:
-    return actor_profile(gpus, cpus, PoolSpec(**pool), preset, node_cpus=nodes)
+    """Of a cluster whose GPUs are on its first node."""
+    described: list[dict[str, float]] = [{"CPU": node} for node in nodes or [cpus]]
+    described[0]["GPU"] = gpus
+    return actor_profile(described, PoolSpec(**pool), preset)
 
 
 def test_two_cpus_hold_one_actor_a_task_of_ray_data_and_one_of_each_of_ours() -> None:
@@ -40,13 +43,13 @@ def test_an_actor_fits_on_one_node() -> None:
 
 def test_each_gpu_gets_an_actor_and_the_cpus_are_shared_out_for_decoding() -> None:
     assert plan(1, 16).gpus_per_actor == 1
-    assert (plan(1, 16).cpus_per_actor, plan(1, 16).max_actors) == (8, 1)
-    assert (plan(4, 16).cpus_per_actor, plan(4, 16).max_actors) == (3, 4)
-    assert (plan(8, 8).cpus_per_actor, plan(8, 8).max_actors) == (0.87, 8)
+    assert (plan(1, 16).cpus_per_actor, plan(1, 16).actors) == (8, 1)
+    assert (plan(4, 16).cpus_per_actor, plan(4, 16).actors) == (3, 4)
+    assert (plan(8, 8).cpus_per_actor, plan(8, 8).actors) == (0.87, 8)
 
 
 def test_a_gpu_can_be_shared_or_left_alone() -> None:
-    assert plan(1, 16, gpus_per_actor=0.25).max_actors == 4
+    assert plan(1, 16, gpus_per_actor=0.25).actors == 4
     assert plan(1, 16, gpus_per_actor=0).gpus_per_actor == 0
 
 
@@ -62,7 +65,7 @@ def test_a_unit_is_hundreds_of_images_on_a_gpu_and_a_handful_on_cpus(
 
 def test_what_the_spec_says_is_taken() -> None:
     spec = PoolSpec(min_actors=2, max_actors=6, cpus_per_actor=0.5, gpus_per_actor=0.5)
-    taken = actor_profile(2, 16, spec, "lite", max_images=7)
+    taken = actor_profile([{"CPU": 16, "GPU": 2}], spec, "lite", max_images=7)
     assert (taken.min_actors, taken.max_actors) == (2, 6)
     assert (taken.cpus_per_actor, taken.gpus_per_actor, taken.torch_threads, taken.max_images) == (
         0.5,
@@ -92,11 +95,34 @@ def test_actors_that_would_never_start_are_refused(
 def test_a_cluster_that_grows_may_begin_without_room() -> None:
     grows = plan(0, 2, gpus_per_actor=1, max_actors=8)
     assert (grows.max_actors, grows.gpus_per_actor, grows.cpus_per_actor) == (8, 1, 0.12)
+    assert grows.actors == 1
 
 
 def test_one_and_a_half_gpus_are_refused() -> None:
     with pytest.raises(UsageError, match="wanted a whole number, or less than 1"):
         plan(4, 8, gpus_per_actor=1.5)
+
+
+def test_actors_stand_on_the_nodes_that_have_gpus_and_leave_the_others_to_read() -> None:
+    mixed = [{"CPU": 0.0}, {"CPU": 64.0}, {"CPU": 8.0, "GPU": 4.0}, {"CPU": 8.0, "GPU": 4.0}]
+    made = actor_profile(mixed, PoolSpec(), "r50_fpn")
+    assert (made.actors, made.gpus_per_actor, made.cpus_per_actor) == (8, 1, 2)
+    assert made.max_actors is None  # nodes with GPUs may join
+    few = actor_profile(mixed, PoolSpec(max_actors=2), "r50_fpn")
+    assert (few.max_actors, few.cpus_per_actor) == (2, 8)
+
+
+def test_actors_stand_where_the_resource_is_that_they_book() -> None:
+    nodes = [{"CPU": 32.0}, {"CPU": 4.0, "edge": 2.0}, {"CPU": 4.0, "edge": 1.0}]
+    made = actor_profile(nodes, PoolSpec(resources={"edge": 1}), "lite")
+    assert (made.max_actors, made.cpus_per_actor, made.resources) == (3, 2, {"edge": 1})
+    assert made.torch_threads == 2  # 8 cores there, not 40
+    with pytest.raises(UsageError, match=r"and 0 GPUs, 0 mars: room for 0 .* and 0 GPUs, 1 mars, the spec"):
+        actor_profile(nodes, PoolSpec(resources={"mars": 1}), "lite")
+
+
+def test_the_cpu_that_is_kept_free_is_none_of_a_head_that_has_none() -> None:
+    assert actor_profile([{"CPU": 0.0}, {"CPU": 4.0}], PoolSpec(), "lite").max_actors == 1
 
 
 @given(
@@ -112,8 +138,9 @@ def test_every_plan_leaves_a_cpu_free_and_fits_on_its_nodes(nodes: list[int], gp
         assert total == 1
         return
     # Ray books actors greedily; whichever way they fall, they cannot take more than their own sum.
-    assert made.max_actors * made.cpus_per_actor <= total - 1
-    assert made.max_actors <= sum(math.floor(node / made.cpus_per_actor) for node in nodes)
-    assert made.max_actors * made.gpus_per_actor <= gpus
+    assert made.actors * made.cpus_per_actor <= total - 1
+    assert made.actors <= sum(math.floor(node / made.cpus_per_actor) for node in nodes)
+    assert made.actors * made.gpus_per_actor <= gpus
+    assert made.max_actors == (None if gpus else made.actors)
     assert made.cpus_per_actor not in (made.read_cpus, made.write_cpus)
     assert 1 <= made.torch_threads <= max(nodes)

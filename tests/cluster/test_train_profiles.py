@@ -23,7 +23,7 @@ def spec(**scaling: object) -> TrainSpec:
 
 
 def cluster(num_cpus: float, num_gpus: float = 0, num_nodes: int = 1) -> ClusterInfo:
-    return ClusterInfo(num_cpus, num_gpus, num_nodes, (num_cpus / num_nodes,) * num_nodes, True)
+    return ClusterInfo(({"CPU": num_cpus / num_nodes, "GPU": num_gpus / num_nodes},) * num_nodes, True)
 
 
 @pytest.mark.parametrize(

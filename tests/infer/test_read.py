@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from jobs.infer.read import UnitReader
+from jobs.infer.read import Tasks, UnitReader
 from jobs.infer.units import UnitReport, images_of
 from jobs.lake.plan import ShardTask
 from jobs.lake.shards import content_hash
@@ -62,3 +62,15 @@ def test_single_objects_say_which_version_they_were_read_from(tmp_path: Path) ->
     assert {i.image_id: i.version for i in images_of(unit)} == {
         image_id: version for image_id, version in listed.items() if image_id != "b.jpg"
     }
+
+
+def test_units_are_reckoned_by_objects_bytes_and_shards(tmp_path: Path) -> None:
+    write_source(tmp_path / "files", make_source("files", IMAGES))
+    write_source(tmp_path / "tars", make_source("tar", IMAGES, num_shards=2))
+    files, tars = (
+        Tasks(ShardTask(s) for s in list_shards(SourceSpec(uri=str(tmp_path / name)), Storage(StorageSpec())))
+        for name in ("files", "tars")
+    )
+    assert files.likely_units(10**6, 2) == 2  # four objects
+    assert files.likely_units(100, 10) == 4  # of 100 bytes each
+    assert tars.likely_units(10**9, 1) == 2  # how many images they hold, nobody knows yet
