@@ -1,4 +1,4 @@
-"""The commands `masklake lake doctor | vacuum | compact`; jobs.cli hangs them in."""
+"""The commands `masklake lake doctor | vacuum | compact | retire`; jobs.cli hangs them in."""
 
 from __future__ import annotations
 
@@ -14,12 +14,13 @@ from schemas.specs import SourceSpec, StorageSpec
 
 if TYPE_CHECKING:
     from jobs.care.doctor import Audit
+    from jobs.care.retire import Retirement
     from jobs.care.source_check import SourceCheck
     from jobs.care.store_files import StoredFile
 
 app = typer.Typer(
     name="lake",
-    help="Care of the label table: is it sound, make room, merge small files.",
+    help="Care of the label table: is it sound, make room, merge small files, retire old models.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
@@ -38,7 +39,8 @@ def doctor(
         str | None, typer.Option(help="compare the rows with these images too: folder, bucket prefix or list")
     ] = None,
     deep: Annotated[
-        bool, typer.Option("--deep", help="read every column and decode every mask, not those of a sample")
+        bool,
+        typer.Option("--deep", help="read every column, decode every mask, compare the checksums of weights"),
     ] = False,
     endpoint_url: Endpoint = None,
     as_json: Json = False,
@@ -77,7 +79,7 @@ def vacuum(
     endpoint_url: Endpoint = None,
     as_json: Json = False,
 ) -> None:
-    """Delete files that runs left behind, and those that compaction replaced, after a grace period."""
+    """Delete files that runs left behind or that compact and retire took out, after a grace period."""
     from jobs.care.vacuum import vacuum as run_vacuum
     from jobs.lake.storage import Storage
 
@@ -122,6 +124,52 @@ def compact(
     )
     if result.num_given_up:
         print(f"{result.num_given_up:,} groups were left: somebody else replaced their files meanwhile")
+
+
+@app.command()
+def retire(
+    lake: Lake,
+    model_id: Annotated[
+        list[str] | None, typer.Option(help="this model; may be repeated. Else all that may go")
+    ] = None,
+    older_than: Annotated[
+        str, typer.Option(help="only models whose newest row is older than this: 12h, 90d, …")
+    ] = "90d",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="say what would go, change nothing")] = False,
+    endpoint_url: Endpoint = None,
+    as_json: Json = False,
+) -> None:
+    """Take the labels of models that nobody needs out of the table. Earlier versions have them until vacuum.
+
+    Models stay that are current or previous, have an alias, are labelled with, or have young labels.
+    """
+    from jobs.care.retire import retire as run_retire
+    from jobs.lake.storage import Storage
+
+    storage = Storage(StorageSpec(endpoint_url=endpoint_url))
+    result = run_retire(lake, storage, model_id or (), parse_duration(older_than), dry_run=dry_run)
+    if as_json:
+        print(json.dumps(asdict(result)))
+    else:
+        _print_retirement(result)
+
+
+def _print_retirement(result: Retirement) -> None:
+    for model in result.retired:
+        print(
+            f"{'would go' if result.dry_run else 'retired '} {model.model_id}: "
+            f"{_number(model.num_rows, 'row')} in {_number(model.num_files, 'file')}, "
+            f"{_size(model.num_bytes)}, the newest of {model.newest_row_at[:10]}"
+        )
+    for model_id, reason in result.kept.items():
+        print(f"kept     {model_id}: {reason}")
+    if not result.retired:
+        print("nothing to retire")
+    elif not result.dry_run:
+        print(
+            f"table    at version {result.version}; earlier ones have these labels until "
+            f"`masklake lake vacuum` deletes their files, 7d from now by default"
+        )
 
 
 def _print_audit(found: Audit, sources: list[SourceCheck], deep: bool) -> None:

@@ -21,6 +21,7 @@ import duckdb
 
 from jobs.care.file_check import FileCheck, LoggedFile, check_file, logged_files
 from jobs.care.findings import Findings
+from jobs.care.model_check import model_faults
 from jobs.care.store_files import StoredFile, list_data_files, read_replaced, stored_files
 from jobs.lake.labels_table import LabelsTable
 from jobs.lake.storage import CorruptObjectError, MissingObjectError, ObjectInfo, Storage
@@ -68,7 +69,7 @@ class Audit:
     num_masks_checked: decoded and compared with image and area; num_files_whole: files read with all columns.
     problems: one line for each kind; none in a sound table.
     orphans: data files that no version names. Not a problem: a run that died, or one at work, left them.
-    replaced: data files that only older versions name, since a compaction.
+    replaced: data files that only older versions name, since a compaction or a retired model.
     unfinished_runs: without a summary: at work, or killed.
     """
 
@@ -101,7 +102,8 @@ def audit(lake_uri: str, storage: Storage, *, deep: bool = True) -> Audit:
     """Read the newest version of a lake's label table back and compare it with its log and with itself.
 
     Args:
-        deep: read all columns of every file and decode every mask; else of a sample of files.
+        deep: read all columns of every file and decode every mask, else of a sample of files; and read the
+            weights that aliases lead to, else compare their sizes only.
 
     Raises:
         UsageError: the lake has no label table.
@@ -143,6 +145,8 @@ def audit_into(keys: duckdb.DuckDBPyConnection, lake_uri: str, storage: Storage,
     for count, model_id, source, image_id in keys.execute(_DUPLICATES).fetchall()[:1]:
         image = f"image {image_id!r} of {source} under {model_id}"
         findings.add("rows that label an image a second time for no reason", image, count)
+    for kind, example in model_faults(keys, table, lake_uri, storage, deep):
+        findings.add(kind, example)
 
     named = {file.path for file in files}
     unnamed = [info for path, info in stored.items() if path not in named]

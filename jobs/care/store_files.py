@@ -1,7 +1,7 @@
 """Files below the label table: what stands in the store, what the log says of it, how old it is.
 
 Enters: an open table. Leaves: every data file there is, and which of them the newest version does not name:
-orphans, which no version names, and files that a compaction replaced.
+orphans, which no version names, and files that a compaction or a retirement took out.
 """
 
 import json

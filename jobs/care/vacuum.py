@@ -1,7 +1,7 @@
 """`masklake lake vacuum`: delete data files that no version of the table needs any more.
 
 Enters: a lake and a grace period. Leaves: the table as it is, minus orphans (named by no version) and files
-that a compaction replaced, both for longer than the grace period.
+that a compaction or a retirement took out, both for longer than the grace period.
 
 A younger orphan may belong to a run at work, which writes files first and names them in its next commit; and
 a reader may still be at a version that names a file replaced a moment ago. So the grace period must be longer

@@ -212,6 +212,14 @@ def rollback(
                 f"no labels {what}were current before the present ones in the table at {table.uri}: there is "
                 f"nothing to go back to; `masklake history` says what was. Nothing was changed."
             )
+        labelled = labelled_sources(table)
+        for source in chosen:
+            before = said[source].before[0]
+            if before.model_id not in labelled.get(source, ()):
+                raise UsageError(
+                    f"{before}, which was current before, has no labels of {source} any more in the table at "
+                    f"{table.uri}: it was retired; promote another model. Nothing was changed."
+                )
         return {source: (said[source].before[0], said[source].before[1:]) for source in chosen}
 
     return _switch(table, "rollback", chosen, decide, by, why, clock, sleep)

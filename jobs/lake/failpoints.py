@@ -10,6 +10,8 @@ outside tests, a failpoint does nothing.
     commit_done       it is in the books
     rewrite_send      a version that replaces small files by a large one is about to be sent
     rewrite_put       its put went through
+    retire_send       a version without the files of retired models is about to be sent
+    retire_put        its put went through
     decode_image      an image is about to be decoded, in the process that decodes; detail: image_id
     label_image       a decoded image is about to go through the network, in the actor; detail: image_id
 """

@@ -4,23 +4,30 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from jobs.care.doctor import audit
+from jobs.lake.aliases import Aliases
 from jobs.lake.commit import Committer, DeltaStore, app_id
 from jobs.lake.compact import run_compaction
+from jobs.lake.current import promote
 from jobs.lake.fragments import Fragment, write_fragment
 from jobs.lake.labels_table import LabelsTable
 from jobs.lake.lease import Lease
+from jobs.lake.model_ids import ModelIdRecord, record_model_id
+from jobs.lake.registry import ModelRegistry
 from jobs.lake.storage import Storage
 from schemas.errors import UsageError
 
 MakeRows = Callable[..., pa.Table]
 AddRows = Callable[..., list[Fragment]]
+SOURCE = "s3://photos/2026"
 MODEL = "lite-0123456789ab"
+OTHER = "other-0123456789ab"
 
 
 def test_a_sound_table_is_counted_and_nothing_found(
@@ -144,3 +151,66 @@ def test_a_look_that_is_not_deep_reads_a_sample_whole(
     found = audit(lake, storage, deep=False)
     assert (found.num_files_whole, found.num_masks, found.num_masks_checked) == (3, 10, 6)
     assert any(line.startswith("ok without width: image 'x'") for line in found.problems)
+
+
+def test_current_and_previous_models_must_have_labels_of_their_source(
+    table: LabelsTable, lake: str, storage: Storage, make_rows: MakeRows, add_rows: AddRows
+) -> None:
+    """OTHER has labels, but of another source; the property is as a promotion writes it."""
+    add_rows(make_rows(["a"]), make_rows(["a"], model_id=OTHER, source="s3://elsewhere"))
+    promote(table, [SOURCE], MODEL, None, "ana", "")
+    said = json.loads(table.delta.metadata().configuration["masklake.current"])
+    set_current(table, said, model_id=OTHER, before=[[MODEL, None]])
+    assert audit(lake, storage).problems == [
+        f"a current model without labels: {OTHER} of {SOURCE}; promote another"
+    ]
+    set_current(table, said, model_id=MODEL, before=[[OTHER, "other@1"]])
+    assert audit(lake, storage).problems == [
+        f"a rollback would go back to a model without labels: other@1 ({OTHER}) of {SOURCE}"
+    ]
+    set_current(table, said, model_id=MODEL, before="?")
+    (problem,) = audit(lake, storage).problems
+    assert problem.startswith("what is current cannot be read: property masklake.current of the table")
+
+
+def set_current(table: LabelsTable, said: dict[str, Any], **changes: Any) -> None:
+    value = said | {"sources": {SOURCE: said["sources"][SOURCE] | changes}}
+    table.delta.alter.set_table_properties({"masklake.current": json.dumps(value)}, False)
+
+
+@pytest.mark.usefixtures("table")
+def test_aliases_must_lead_to_weights_that_are_those_of_their_version(
+    lake: str, storage: Storage, tmp_path: Path
+) -> None:
+    registry, aliases = ModelRegistry(lake, storage), Aliases(lake, storage)
+    for number, alias in enumerate(("cut", "flipped", "gone", "lost", "sound")):
+        fingerprint = f"{number}a" * 32
+        aliases.move(alias, registry.register(f"{alias}-model", b"weights", fingerprint), "ana", "")
+    models = tmp_path / "lake" / "models"
+    (models / "blobs" / f"{'0a' * 32}.safetensors").write_bytes(b"weigh")
+    (models / "blobs" / f"{'1a' * 32}.safetensors").write_bytes(b"WEIGHTS")
+    (models / "blobs" / f"{'2a' * 32}.safetensors").unlink()
+    (models / "lost-model" / "1.json").unlink()
+
+    version, weights = sorted(audit(lake, storage, deep=False).problems)
+    assert version.startswith("an alias that leads to no version: lost: model lost-model@1 is not registered")
+    assert weights.startswith("an alias whose weights are not those of its version: 2, first cut: ")
+    assert weights.endswith("has 5 bytes, cut-model@1 was registered with 7")
+    _, weights = sorted(audit(lake, storage, deep=True).problems)
+    assert weights.startswith("an alias whose weights are not those of its version: 3, first cut: ")
+
+
+@pytest.mark.usefixtures("table")
+def test_records_of_model_ids_must_read_and_be_of_their_model(
+    lake: str, storage: Storage, tmp_path: Path
+) -> None:
+    for model_id in (MODEL, OTHER, "odd=/%-0123456789ab"):
+        record_model_id(
+            storage, lake, ModelIdRecord(model_id, "1a" * 32, "lite", "fp32", {}, (), "run-1", "")
+        )
+    assert audit(lake, storage).problems == []
+    ids = tmp_path / "lake" / "models" / "ids"
+    (ids / f"{OTHER}.json").write_bytes((ids / f"{MODEL}.json").read_bytes())
+    (problem,) = audit(lake, storage).problems
+    assert problem.startswith("a model_id whose record cannot be read: ")
+    assert problem.endswith(f"it says '{MODEL}' of '{'1a' * 32}'")

@@ -1,4 +1,4 @@
-"""`masklake lake doctor | vacuum | compact`, jobs/care/cli.py."""
+"""`masklake lake doctor | vacuum | compact | retire`, jobs/care/cli.py."""
 
 import io
 import json
@@ -12,7 +12,9 @@ import pytest
 from typer.testing import CliRunner
 
 from jobs.cli import app
+from jobs.lake.current import promote
 from jobs.lake.fragments import Fragment, write_fragment
+from jobs.lake.labels_table import LabelsTable
 from jobs.lake.shard_index import save_shard_index
 from jobs.lake.sources import list_shards
 from jobs.lake.storage import Storage
@@ -103,3 +105,23 @@ def test_the_doctor_compares_rows_with_tars_as_far_as_they_were_read(
 def test_an_unknown_model_is_a_mistake(lake: str) -> None:
     result = CliRunner().invoke(app, ["lake", "compact", "--lake", lake, "--model-id", "nobody"])
     assert "nobody is not one of them" in str(result.exception)
+
+
+def test_old_models_are_retired(
+    table: LabelsTable, lake: str, make_rows: MakeRows, add_rows: AddRows
+) -> None:
+    add_rows(*(make_rows(["a"], model_id=f"{letter}-0123456789ab") for letter in "abcd"))
+    promote(table, ["s3://photos/2026"], "d-0123456789ab", None, "ana", "")
+    assert "kept     a-0123456789ab: its newest row is of" in run("retire", "--lake", lake)
+    named = ("retire", "--lake", lake, "--older-than", "0s", "--model-id")
+    assert run(*named, "a-0123456789ab", "--dry-run").startswith("would go a-0123456789ab: 1 row in 1 file, ")
+    text = run(*named, "a-0123456789ab", "--model-id", "b-0123456789ab")
+    assert "retired  b-0123456789ab: 1 row in 1 file, " in text
+    assert "table    at version 3; earlier ones have these labels until `masklake lake vacuum`" in text
+
+    answer = run_json("retire", "--lake", lake, "--older-than", "0s")
+    assert [model["model_id"] for model in answer["retired"]] == ["c-0123456789ab"]
+    assert answer["kept"] == {"d-0123456789ab": "its labels of s3://photos/2026 are current"}
+    assert run("retire", "--lake", lake).endswith("nothing to retire\n")
+    result = CliRunner().invoke(app, ["lake", *named, "d-0123456789ab"])
+    assert "d-0123456789ab stays: its labels of s3://photos/2026 are current" in str(result.exception)
