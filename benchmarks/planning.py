@@ -85,7 +85,7 @@ def main() -> None:
             shutil.rmtree(lake.removeprefix("file://"))
     facts = [
         "image ids are compared as strings, never by hashes, so none can be skipped for another",
-        f"tar: {TAR_IMAGES} images a shard; each hundredth is of all shards, {NEW_IMAGES:,} added are one shard",
+        f"tar: {TAR_IMAGES} images a shard; each hundredth is of all shards, {NEW_IMAGES:,} added are one",
         "peak memory is the whole process's, 150 MB of it before it begins",
     ]
     write_report("planning", "Planning at scale", ["pyarrow", "deltalake"], facts, table, args.out)
