@@ -88,7 +88,7 @@ class GcsStore:
 
     def check_reachable(self, path: str) -> None:
         bucket, _, key = path.partition("/")
-        self._call("GET", "b/{}/o", bucket, prefix=key, maxResults=1)
+        self._call("GET", "b/{}/o", bucket, prefix=f"{key}/" if key else "", maxResults=1)
 
     def classify(self, error: Exception, uri: str) -> StorageError:
         code = str(error.code) if isinstance(error, HttpError) else ""

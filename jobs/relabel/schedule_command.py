@@ -16,8 +16,8 @@ from schemas.durations import parse_duration
 from schemas.errors import UsageError
 
 if TYPE_CHECKING:
+    from cluster.kubernetes.pools import RayCluster
     from cluster.schedule.cron import ClockChange, CronSchedule
-    from cluster.schedule.kubernetes import RayCluster
 
 _NUM_RUNS = 5
 # Of a time that the clocks leave out, and of one that comes twice. Kubernetes: its issue 121594 and pull
@@ -68,8 +68,8 @@ def schedule(
     ] = False,
 ) -> None:
     """Print what makes a scheduler re-label: a manifest, a crontab line, a Python file. Starts nothing."""
+    from cluster.kubernetes.pools import check_name
     from cluster.schedule.cron import CronSchedule
-    from cluster.schedule.kubernetes import check_name
     from schemas.relabel_spec import RelabelSpec
     from schemas.spec_file import read_spec_file
     from schemas.spec_loader import parse_spec
@@ -117,17 +117,23 @@ def schedule(
 
 
 def _cluster(target: Target, name: str, deadline_s: int, given: Mapping[str, Any]) -> RayCluster:
-    from cluster.schedule.kubernetes import RayCluster
+    from cluster.kubernetes.pools import Pool, RayCluster
 
     if "image" not in given:
         raise UsageError(
             f"--for {target} wants --image: an image with masklake and Ray that its nodes can pull"
         )
-    return RayCluster(name=name, deadline_s=deadline_s, **{"namespace": "default", **given})
+    number = given.get("num_workers", 1)
+    size = {key: given[f"worker_{key}"] for key in ("cpu", "memory", "gpus") if f"worker_{key}" in given}
+    workers = Pool("workers", min_nodes=number, max_nodes=number, **size)
+    of_cluster = {key: given[key] for key in ("image", "secrets", "service_account") if key in given}
+    namespace = given.get("namespace", "default")
+    return RayCluster(name, namespace, pools=(workers,), deadline_s=deadline_s, **of_cluster)
 
 
 def _manifests(target: Target, parsed: CronSchedule, cluster: RayCluster, spec: Mapping[str, Any]) -> str:
-    from cluster.schedule.kubernetes import cron_job_manifests, ray_cron_job_manifests, to_yaml
+    from cluster.kubernetes.cron_job import cron_job_manifests, ray_cron_job_manifests
+    from cluster.kubernetes.yaml_text import to_yaml
 
     render = cron_job_manifests if target is Target.KUBERNETES else ray_cron_job_manifests
     return to_yaml(render(parsed, cluster, spec))

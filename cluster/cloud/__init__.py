@@ -1,0 +1,1 @@
+"""Configurations of `ray up` for clouds, from the same pools as the manifests of Kubernetes."""
