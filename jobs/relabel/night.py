@@ -14,11 +14,14 @@ from datetime import UTC, datetime
 from jobs.infer.job import Job, prepare
 from jobs.lake.current import current_of, history, read_current
 from jobs.lake.labels_table import LabelsTable
-from jobs.lake.model_ids import check_categories, read_model_id
+from jobs.lake.model_ids import ModelIdRecord, check_categories, read_model_id
+from jobs.lake.models import REGISTRY_PREFIX
+from jobs.lake.registry import ModelRegistry, ModelVersion
 from jobs.lake.shard_index import load_shard_index
 from jobs.lake.shards import Shard
+from jobs.lake.storage import CorruptObjectError
 from jobs.relabel.worklist import Worklist, open_worklist
-from schemas.errors import UsageError
+from schemas.errors import StorageError, UsageError
 from schemas.relabel_spec import RelabelSpec
 from schemas.specs import ModelSpec
 
@@ -82,8 +85,8 @@ def plan_night(spec: RelabelSpec, job: Job) -> Night:
         job: of the spec's model.
 
     Raises:
-        UsageError: the model's categories contradict those of the labels that count, or this machine's clock
-            is behind the table.
+        UsageError: the model's categories contradict those of the labels that count, a rule of the gate
+            cannot be evaluated, or this machine's clock is behind the table.
         StorageError: the lake cannot be reached.
     """
     night = Night(job)
@@ -98,6 +101,7 @@ def plan_night(spec: RelabelSpec, job: Job) -> Night:
         record = read_model_id(job.storage, job.lake_uri, others)
         if record is not None:
             check_categories(record, job.record)
+            _check_gate(spec, job, record)
         kept = _job_of_current(spec, job, table, others, night.notes) if spec.keep_current else None
         if kept is not None:
             night.passes.append(Pass(spec, kept, None))
@@ -129,17 +133,60 @@ def _job_of_current(
     """What labels as the current model does; None, with a note, where that cannot be had."""
     known = read_current(table).get(job.source_uri)
     record = read_model_id(job.storage, job.lake_uri, current)
+    registry = ModelRegistry(job.lake_uri, job.storage)
+    name = None if known is None else known.model
+    version = None if record is None else _find_version(registry, name, record.fingerprint)
     problem = "it is not in the lake's registry"
-    if known is not None and known.model is not None and record is not None:
-        model = ModelSpec(uri=f"registry:{known.model}", **record.settings)
-        kept = prepare(spec.infer_spec(model))
-        if kept.model_id == current:
-            return kept
-        problem = f"here it labels as {kept.model_id}, in {kept.precision}"
+    if version is not None and record is not None:
+        try:
+            kept = prepare(spec.infer_spec(ModelSpec(uri=f"{REGISTRY_PREFIX}{version}", **record.settings)))
+        except StorageError as error:
+            is_there = job.storage.exists(registry.weights_uri(version))
+            if is_there and not isinstance(error, CorruptObjectError):
+                raise
+            problem = str(error)
+        else:
+            if kept.model_id == current:
+                return kept
+            problem = f"here it labels as {kept.model_id}, in {kept.precision}"
     notes.append(
         f"until {job.model_id} is promoted, new images get no labels of {current}, which count: {problem}"
     )
     return None
+
+
+def _find_version(registry: ModelRegistry, name: str | None, fingerprint: str) -> ModelVersion | None:
+    """The version that was promoted, NAME@N; where only a model_id was, one with these weights."""
+    if name is not None:
+        try:
+            return registry.open(name)
+        except UsageError:  # there is no such version any more
+            return None
+    versions = (version for model in registry.names() for version in registry.versions(model))
+    return next((version for version in versions if version.fingerprint == fingerprint), None)
+
+
+def _check_gate(spec: RelabelSpec, job: Job, current: ModelIdRecord) -> None:
+    """Refuse what the gate would refuse to judge, before nights are spent on labelling.
+
+    Raises:
+        UsageError: neither model knows a category that has rules, or there are no annotations where the spec
+            says.
+    """
+    categories = {*current.categories, *job.record.categories}
+    known = {name for _, name in categories} | {str(category_id) for category_id, _ in categories}
+    unknown = [name for name in spec.gate.categories if name not in known]
+    if unknown:
+        names = ", ".join(sorted({name for _, name in categories}))
+        raise UsageError(
+            f"gate.categories: neither {current.model_id} nor {job.model_id} has a category "
+            f"{', '.join(map(repr, unknown))}; they have: {names}."
+        )
+    if spec.gate.annotations is not None:
+        uri = job.storage.normalize(spec.gate.annotations.removeprefix("coco:"))
+        job.storage.check_reachable(uri, "gate.annotations")
+        if not job.storage.exists(uri):
+            raise UsageError(f"gate.annotations: there is nothing at {uri}; check the path.")
 
 
 def _check_clock(table: LabelsTable) -> None:

@@ -21,12 +21,13 @@ from typing import Any
 
 import yaml
 
+from cluster.stop_wish import stoppable
 from jobs.infer.job import Job, prepare
 from jobs.infer.progress import Watcher
 from jobs.infer.read import Tasks
 from jobs.infer.run import Limits, run_job
 from jobs.infer.units import UnitReport
-from jobs.lake.current import promote
+from jobs.lake.current import current_of, promote, read_current
 from jobs.lake.labels_table import LabelsTable
 from jobs.lake.lease import Lease
 from jobs.lake.listing import Listing
@@ -37,7 +38,7 @@ from jobs.relabel.gate import judge, measure_ap, raise_if_refused
 from jobs.relabel.night import Night, Pass, open_table, plan_night
 from jobs.relabel.upkeep import Upkeep
 from jobs.relabel.worklist import Counts, Reason, RemovedImages, Worklist, open_worklist
-from schemas.errors import GateRefused
+from schemas.errors import CommitConflictError, GateRefused, MasklakeError, StorageError
 from schemas.relabel_spec import RelabelSpec
 
 LEASE_TTL_S = 120.0
@@ -84,18 +85,26 @@ class RelabelSummary:
     def images(self) -> int:
         return sum(done.images for done in self.passes)
 
+    @property
+    def has_rows(self) -> bool:
+        """Whether there are rows in the table that name this run."""
+        return any(done.images or done.removed or done.unchanged for done in self.passes)
+
     def to_json(self) -> str:
         return json.dumps(asdict(self))
 
 
+@stoppable()
 def run_relabel(spec: RelabelSpec, watcher: Watcher) -> RelabelSummary:
     """Do one night's work.
 
     Raises:
         UsageError: source, model, lake or spec cannot work, the model's categories contradict those of the
-            labels that count, or this machine's clock is behind the table. Nothing was written.
+            labels that count, a rule of the gate cannot be evaluated, or this machine's clock is behind the
+            table. Nothing was written.
         GateRefused: all is labelled, and a rule failed; the table stays on the old model.
         LeaseHeldError: another run is at work on this source.
+        CommitConflictError: somebody switched the source's current model meanwhile; what was labelled stays.
         MasklakeError: the run ended early; what was committed stays, the next run goes on.
     """
     started = time.monotonic()
@@ -108,10 +117,10 @@ def run_relabel(spec: RelabelSpec, watcher: Watcher) -> RelabelSummary:
     holder = f"{run_id} on {socket.gethostname()}"
     key = "relabel:" + hashlib.blake2b(job.source_uri.encode(), digest_size=16).hexdigest()
     with (
-        Lease.acquire(job.storage, job.lake_uri, key, holder, LEASE_TTL_S),
+        Lease.acquire(job.storage, job.lake_uri, key, holder, LEASE_TTL_S) as lease,
         Listing.of(spec.source, job.storage, job.lake_uri) as shards,
     ):
-        run = _Run(spec, job, shards, watcher, summary, started)
+        run = _Run(spec, job, shards, lease, watcher, summary, started)
         try:
             run.work()
         except GateRefused as error:
@@ -122,8 +131,11 @@ def run_relabel(spec: RelabelSpec, watcher: Watcher) -> RelabelSummary:
             raise
         finally:
             summary.seconds = time.monotonic() - started
-            if summary.status not in ("up_to_date", "failed") or summary.images:
-                run.write_records()
+            if summary.status not in ("up_to_date", "failed") or summary.has_rows:
+                try:
+                    run.write_records()
+                except StorageError as error:  # what is committed stands, and why the run ended is worth more
+                    watcher.note(f"the summary could not be written: {error}")
     return summary
 
 
@@ -132,6 +144,7 @@ class _Run:
     spec: RelabelSpec
     job: Job
     shards: Listing
+    lease: Lease
     watcher: Watcher
     summary: RelabelSummary
     started: float
@@ -145,10 +158,14 @@ class _Run:
             self._note_removed(night.unlabelled)
         if night.current not in (None, self.job.model_id) and not night.is_promoted:
             # Readers would not know whose labels count once two models have some.
-            self._promote(open_table(self.job), night.current, None, "it was the only model so far")
+            name = next((str(part.job.model) for part in night.passes[:-1]), None)
+            self._promote(open_table(self.job), night.current, name, "it was the only model so far")
         for part in night.passes:
             if self._label(part).status == "limited":
                 self.summary.status = "limited"
+                table = open_table(self.job)
+                if table is not None:
+                    self.summary.current = current_of(table, self.job.source_uri)
                 return
         self._publish(night)
 
@@ -179,12 +196,14 @@ class _Run:
             self.summary.passes.append(done)
             self.watcher.note(f"{part.job.model_id}: {describe(counts)}")
             limits = self._limits()
-            if counts.to_do and limits.are_reached(0):
+            if choice.work.has_tasks and limits.are_reached(0):
                 done.status = "limited"
                 return done
             choice.max_images = None if math.isinf(limits.max_images) else int(limits.max_images)
             labelled = run_job(part.job, self.shards, self.watcher, choice, limits, hear)
             done.status, done.images, done.failed = labelled.status, labelled.images, labelled.failed
+            if choice.is_cut:  # though some of those were found unchanged, or are gone
+                done.status = "limited"
             done.unchanged = len(unchanged)
             done.removed += sum(len(removed.image_ids) for removed in gone)
             versions = choice.work.versions_of(unchanged)
@@ -217,6 +236,7 @@ class _Run:
         if table is None or new not in table.model_ids() or (is_current and night.is_promoted):
             self.summary.status = "up_to_date"
             return
+        self._check_unswitched(table, night)
         if night.rolled_back is not None:
             raise GateRefused(
                 f"{self.summary.model or new} was rolled back ({night.rolled_back}) and is not promoted "
@@ -233,9 +253,23 @@ class _Run:
         self.summary.status = "up_to_date" if is_current else "promoted"
         self.summary.current = new
 
+    def _check_unswitched(self, table: LabelsTable, night: Night) -> None:
+        """The gate compares with the labels that counted when the night began. Did somebody switch since?"""
+        expected = None if night.current == self.job.model_id else night.current
+        said = read_current(table).get(self.job.source_uri)
+        if said is not None and said.model_id != expected:
+            raise CommitConflictError(
+                f"{said.by} made {said.name} current for {self.job.source_uri} while this run was at work; "
+                f"{night.current or 'none'} was when it began. Nothing was promoted; run again."
+            )
+
     def _promote(self, table: LabelsTable | None, model_id: str | None, model: str | None, why: str) -> None:
         assert table is not None, "there are no labels"
         assert model_id is not None
+        if self.lease.lost:
+            raise MasklakeError(
+                "another run took the lease over while this one was paused: nothing was promoted."
+            )
         by = f"masklake relabel, {self.summary.run_id}"
         self.summary.version = promote(table, [self.job.source_uri], model_id, model, by, why)
 
@@ -254,8 +288,8 @@ class _Run:
         aps = None
         if gate.annotations is not None:
             aps = (
-                measure_ap(gate.annotations, job.lake_uri, current, job.storage),
-                measure_ap(gate.annotations, job.lake_uri, job.model_id, job.storage),
+                measure_ap(gate.annotations, table, job.storage, job.source_uri, current),
+                measure_ap(gate.annotations, table, job.storage, job.source_uri, job.model_id),
             )
         results = judge(diff, gate, *(aps or (None, None)))
         folder = f"{job.lake_uri}/runs/{self.summary.run_id}"
@@ -276,6 +310,7 @@ class _Choice:
         self._version: int | None = -1
         self._opened = ExitStack()
         self.max_images: int | None = None
+        self.is_cut = False  # whether max_images left something out
         self.work: Worklist
 
     def __enter__(self) -> _Choice:
@@ -286,6 +321,7 @@ class _Choice:
 
     def __call__(self, job: Job, shards: Iterable[Shard]) -> tuple[Tasks, LabelsTable | None]:
         table = self.look(shards)
+        self.is_cut = self.work.is_cut(self.max_images)
         return Tasks(self.work.tasks(self.max_images)), table
 
     def look(self, shards: Iterable[Shard]) -> LabelsTable | None:

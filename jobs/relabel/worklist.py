@@ -93,6 +93,14 @@ class Worklist:
         """
         return self._slices(max_images) if self._is_files else self._whole_shards()
 
+    @property
+    def has_tasks(self) -> bool:
+        return _count(self._keys, "work") > 0
+
+    def is_cut(self, max_images: int | None) -> bool:
+        """Whether tasks(max_images) leave something out."""
+        return self._is_files and max_images is not None and self.counts.to_do > max_images
+
     def removed(self) -> Iterator[RemovedImages]:
         """What is gone from the source and still counts in the table."""
         gone = self._keys.sql("SELECT shard, list(image_id ORDER BY image_id) FROM gone GROUP BY shard")
@@ -132,12 +140,13 @@ class Worklist:
             shard = self._shards[place]
             assert shard.info is not None, "only slices have no object of their own"
             rows = keys.execute(
-                "SELECT image_id, content_hash, is_same FROM mine JOIN shards USING (shard) "
-                "WHERE place = $1 AND is_live AND NOT is_retried",
+                "SELECT image_id, is_same AND NOT is_retried, CASE WHEN NOT is_retried THEN content_hash END "
+                "FROM mine JOIN shards USING (shard) WHERE place = $1 AND is_live",
                 [place],
             ).fetchall()
-            skip = frozenset(image_id for image_id, _, is_same in rows if is_same)
-            contents = {i: bytes(known) for i, known, is_same in rows if not is_same and known is not None}
+            skip = frozenset(image_id for image_id, is_done, _ in rows if is_done)
+            # b"" is nothing's hash: such an image is labelled, or found to be gone like the others.
+            contents = {image_id: bytes(known or b"") for image_id, is_done, known in rows if not is_done}
             yield ShardTask(shard, skip, contents)
 
 

@@ -34,13 +34,11 @@ import jobs.infer.run
 import maskrcnn_core.ops.cpu.nms
 import maskrcnn_core.ops.cpu.resize
 import maskrcnn_core.ops.cpu.roi_align  # noqa: F401
-from cluster.session import ClusterInfo
 from jobs.infer.label import Labeler
 from jobs.infer.pipeline import FinishedUnit, Pipeline
-from jobs.infer.units import UnitReport, images_of
+from jobs.infer.units import images_of
 from jobs.lake import failpoints
-from jobs.lake.compact import merge_on_threads
-from jobs.lake.fragments import Fragment
+from tests.straight_pipeline import WITHOUT_RAY, run_straight
 
 _PR_SET_PDEATHSIG = 1
 
@@ -90,12 +88,7 @@ def become(wanted: dict[str, Any]) -> None:
 
 def patch() -> None:
     """Stages in this process, and what the environment asks for."""
-    vars(jobs.infer.run).update(
-        run_pipeline=_run_straight,
-        connect=lambda: ClusterInfo(2, 0, 1, (2.0,), False),
-        shutdown=lambda: None,
-        merge_on_ray=merge_on_threads,
-    )
+    vars(jobs.infer.run).update(WITHOUT_RAY, run_pipeline=_run_straight)
     if ttl_s := os.environ.get("MASKLAKE_CHAOS_TTL_S"):
         jobs.infer.run.LEASE_TTL_S = float(ttl_s)
     if stop := os.environ.get("MASKLAKE_CHAOS_STOP"):
@@ -103,14 +96,7 @@ def patch() -> None:
 
 
 def _run_straight(pipeline: Pipeline) -> Generator[FinishedUnit, None, None]:
-    read, write = pipeline.reader(), pipeline.writer()
-    label = Labeler(pipeline.checkpoint, pipeline.replica, pipeline.lineage)
-    for task in pipeline.tasks:
-        for row in read.read_units(task):
-            _note(row)
-            (written,) = write(label(row)).to_pylist()
-            fragment = written["fragment"] and Fragment.from_row(json.loads(written["fragment"]))
-            yield FinishedUnit(UnitReport.from_json(written["report"]), fragment)
+    return run_straight(pipeline, Labeler(pipeline.checkpoint, pipeline.replica, pipeline.lineage), _note)
 
 
 def _note(row: pa.Table) -> None:

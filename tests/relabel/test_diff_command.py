@@ -12,22 +12,12 @@ from jobs.lake.labels_table import LabelsTable
 from jobs.lake.storage import Storage
 from jobs.relabel.diff_command import diff
 from schemas.errors import UsageError
-from schemas.specs import StorageSpec
-from tests.relabel.two_models import HEIGHT, NEW, OLD, WIDTH, add_rows, found, label_rows
+from tests.evaluate.truth import write_truth
+from tests.relabel.two_models import NEW, OLD, add_rows, found, label_rows
 
 BOX = (4, 4, 40, 40)
 app = typer.Typer(pretty_exceptions_enable=False)
 app.command()(diff)
-
-
-@pytest.fixture
-def storage() -> Storage:
-    return Storage(StorageSpec())
-
-
-@pytest.fixture
-def table(tmp_path: Path, storage: Storage) -> LabelsTable:
-    return LabelsTable.open_or_create(f"file://{tmp_path}/lake", storage)
 
 
 def run(table: LabelsTable, *arguments: str) -> str:
@@ -54,23 +44,8 @@ def test_two_models_are_compared_and_scored(table: LabelsTable, storage: Storage
     assert "           1  labelled by the new model only\n" in text
     assert "a.png: 1 object became 0: 1 lost" in text
 
-    annotation = {
-        "id": 1,
-        "image_id": 1,
-        "category_id": 1,
-        "bbox": [4, 4, 36, 36],
-        "area": 1296,
-        "iscrowd": 0,
-    }
-    annotation["segmentation"] = [[4, 4, 40, 4, 40, 40, 4, 40]]
-    truth = {
-        "images": [{"id": 1, "file_name": "a.png", "width": WIDTH, "height": HEIGHT}],
-        "annotations": [annotation],
-        "categories": [{"id": 1, "name": "car"}],
-    }
-    path = tmp_path / "truth.json"
-    path.write_text(json.dumps(truth))
-    answer = run_json(table, OLD, NEW, "--annotations", f"coco:{path}", "--out", str(tmp_path / "out"))
+    truth = write_truth(tmp_path / "truth.json", {"a.png": BOX})
+    answer = run_json(table, OLD, NEW, "--annotations", f"coco:{truth}", "--out", str(tmp_path / "out"))
     assert answer["ap"] == pytest.approx([1.0, 0.0])
     assert (answer["total"]["lost"], answer["masks"]) == (1, True)
     assert answer["report"] == f"file://{tmp_path}/out/diff.md"

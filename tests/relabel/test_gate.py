@@ -1,16 +1,20 @@
 """Rules against a diff, jobs/relabel/gate.py."""
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from jobs.lake.labels_table import LabelsTable
+from jobs.lake.storage import Storage
 from jobs.relabel.diff import CategoryDiff, ImageCounts, LabelDiff, ScoreShift
-from jobs.relabel.gate import judge, raise_if_refused
+from jobs.relabel.gate import judge, measure_ap, raise_if_refused
 from schemas.errors import GateRefused, UsageError
 from schemas.gate_spec import GateSpec
 from schemas.spec_loader import parse_spec
-from tests.relabel.two_models import NEW, OLD, SOURCE
+from tests.evaluate.truth import write_truth
+from tests.relabel.two_models import NEW, OLD, SOURCE, add_rows, found, label_rows
 
 
 def counts(**numbers: Any) -> CategoryDiff:
@@ -145,6 +149,20 @@ def test_ap_is_held_against_a_minimum_and_against_the_old_one() -> None:
     assert "max_ap_drop is 0.075, wanted at most 0.02 (mask AP was 0.375 and is 0.300)" in drop.text
     assert not low.passed
     assert not drop.passed
+
+
+def test_an_ap_is_of_one_source_in_the_version_that_was_compared(
+    table: LabelsTable, storage: Storage, tmp_path: Path
+) -> None:
+    box = (4, 4, 40, 40)
+    truth = f"coco:{write_truth(tmp_path / 'truth.json', {'a.png': box})}"
+    other = label_rows({"a.png": []}, NEW, source="s3://photos/2027")
+    add_rows(table, storage, label_rows({"a.png": [found(1, box)]}, NEW), other)
+    later = LabelsTable(table.uri, storage)
+    add_rows(later, storage, label_rows({"a.png": []}, NEW, at_s=1))
+    assert measure_ap(truth, table, storage, SOURCE, NEW) == pytest.approx(1)
+    assert measure_ap(truth, table, storage, "s3://photos/2027", NEW) == 0
+    assert measure_ap(truth, later, storage, SOURCE, NEW) == 0
 
 
 def test_an_ap_of_no_objects_does_not_pass() -> None:

@@ -183,7 +183,7 @@ def test_a_shard_that_was_left_half_read_is_gone_on_with(
     add_labels(table, storage, failed)
     with open_worklist([tar("x.tar", "v1")], table, SOURCE, NEW, None, retry=[ErrorKind.IO]) as work:
         (task,) = work.tasks()
-        assert (task.skip, dict(task.contents)) == (frozenset({"x.tar/1"}), {})
+        assert (task.skip, dict(task.contents)) == (frozenset({"x.tar/1"}), {"x.tar/2": b""})
     index = {("x.tar", "v1"): 2}
     with open_worklist([tar("x.tar", "v1")], table, SOURCE, NEW, None, index=index) as work:
         assert (counted(work.counts), list(work.tasks())) == ({"fresh": 1, "given_up": 1}, [])
