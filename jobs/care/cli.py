@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from jobs.command_options import Endpoint, Json
 from schemas.durations import parse_duration
 from schemas.specs import SourceSpec, StorageSpec
 
@@ -26,10 +27,6 @@ app = typer.Typer(
 )
 
 Lake = Annotated[str, typer.Option(help="where the tables are")]
-Endpoint = Annotated[str | None, typer.Option(help="S3 endpoint; else the environment's AWS_ENDPOINT_URL")]
-Json = Annotated[
-    bool, typer.Option("--json", help="print the result as one JSON object, the last line of stdout")
-]
 
 
 @app.command()

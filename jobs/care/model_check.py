@@ -1,6 +1,6 @@
 """What the table and the registry say of models, against what there is.
 
-Enters: a table and the keys of its rows, the registry of its lake. Leaves: faults, a kind and an example each.
+Enters: a table and the keys of its rows, the registry of its lake. Leaves: faults, each with an example.
 """
 
 from collections.abc import Iterator

@@ -11,8 +11,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 
+from jobs.evaluate.named_labels import rows_of
 from jobs.lake.labels_table import LabelsTable
 from jobs.lake.shards import image_name
 from jobs.lake.storage import Storage
@@ -24,9 +24,13 @@ from schemas.labels import Status
 
 @dataclass(frozen=True)
 class Evaluation:
-    """bbox and segm: COCO's twelve figures. Failed images count as images without detections."""
+    """bbox and segm: COCO's twelve figures. Failed images count as images without detections.
+
+    version: of the label table.
+    """
 
     model_id: str
+    version: int
     images: int
     failed: int
     unlabelled: int  # in the JSON but not in the table
@@ -37,33 +41,56 @@ class Evaluation:
         return json.dumps(asdict(self))
 
 
-def run_evaluate(lake_uri: str, annotations_uri: str, model_id: str | None, storage: Storage) -> Evaluation:
-    """Compare the current labels of one model with the ground truth, image by image matched by name.
+def run_evaluate(
+    lake_uri: str,
+    annotations_uri: str,
+    model_id: str | None,
+    storage: Storage,
+    source: str | None = None,
+    version: int | None = None,
+) -> Evaluation:
+    """As evaluate_labels(), of a lake's label table at a version, or at its newest.
+
+    Args:
+        model_id: None where only one model labelled something.
+        source: URI, in any spelling.
+    """
+    table = LabelsTable.open(lake_uri, storage, version)
+    chosen = table.choose_model(model_id)
+    return evaluate_labels(
+        table, annotations_uri, chosen, storage, None if source is None else storage.normalize(source)
+    )
+
+
+def evaluate_labels(
+    table: LabelsTable, annotations_uri: str, model_id: str, storage: Storage, source: str | None = None
+) -> Evaluation:
+    """Compare the newest labels of one model with the ground truth, image by image matched by name.
+
+    Args:
+        table: at the version to read.
+        source: as the rows have it; None: whatever the model labelled.
 
     Raises:
-        UsageError: the JSON is not COCO's, no image of it is in the table, or the model must be named.
+        UsageError: the JSON is not COCO's, no image of it is labelled, or two that are have one name.
+        StorageError: the store refused, or a label file is damaged.
     """
     truth = read_coco(annotations_uri, storage)
-    table = LabelsTable.open(lake_uri, storage)
-    chosen = table.choose_model(model_id)
-    rows = table.to_current(chosen).select("image_id, status, width, height, detections").to_arrow_table()
     coco_ids = _coco_ids_by_name(truth)
+    found: dict[str, tuple[str, str]] = {}  # name -> source, image_id
     detections: dict[int, Detections] = {}
     num_failed = 0
-    for row in _rows(rows):
-        coco_id = coco_ids.get(image_name(row["image_id"]))
-        if coco_id is None:
-            continue
-        if coco_id in detections:
-            raise UsageError(
-                f"two labelled images are called {image_name(row['image_id'])!r}; evaluate one source at a "
-                "time."
-            )
+    for row in rows_of(table, model_id, source, coco_ids):
+        name = image_name(row["image_id"])
+        if name in found:
+            raise _two_images(name, found[name], (row["source"], row["image_id"]))
+        found[name] = row["source"], row["image_id"]
         num_failed += row["status"] != Status.OK
-        detections[coco_id] = to_detections(row)
+        detections[coco_ids[name]] = to_detections(row)
     if not detections:
+        where = table.uri if source is None else f"{source}, by the table at {table.uri}"
         raise UsageError(
-            f"no image of {annotations_uri} is labelled by {chosen} in {lake_uri}; names must agree but for "
+            f"no image of {annotations_uri} is labelled by {model_id} in {where}; names must agree but for "
             f"folder and suffix (the JSON has {next(iter(coco_ids), 'none')!r})."
         )
     try:
@@ -71,7 +98,19 @@ def run_evaluate(lake_uri: str, annotations_uri: str, model_id: str | None, stor
     except ValueError as error:
         raise UsageError(str(error)) from error
     unlabelled = len(coco_ids) - len(detections)
-    return Evaluation(chosen, len(detections), num_failed, unlabelled, bbox, segm)
+    return Evaluation(model_id, table.version, len(detections), num_failed, unlabelled, bbox, segm)
+
+
+def _two_images(name: str, *images: tuple[str, str]) -> UsageError:
+    """images: (source, image_id) of both."""
+    sources = sorted({source for source, _ in images})
+    if len(sources) > 1:
+        return UsageError(
+            f"images of {' and of '.join(sources)} are called {name!r}: name the source that the annotations "
+            "are of (--source)."
+        )
+    ids = " and ".join(sorted(image_id for _, image_id in images))
+    return UsageError(f"two labelled images are called {name!r}: {ids}; evaluate folder by folder.")
 
 
 def to_detections(row: Mapping[str, Any]) -> Detections:
@@ -87,11 +126,6 @@ def to_detections(row: Mapping[str, Any]) -> Detections:
         [d["rle"] for d in found],
         np.array([d["area"] for d in found], dtype=np.int32),
     )
-
-
-def _rows(table: pa.Table) -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = table.to_pylist()
-    return rows
 
 
 def read_coco(uri: str, storage: Storage) -> dict[str, Any]:

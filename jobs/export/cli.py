@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from enum import StrEnum
 from typing import Annotated, Any
 
 import typer
 
+from jobs.command_options import Endpoint, Json
 from jobs.export.registry_commands import app as registry_commands
 from schemas.specs import StorageSpec
 
@@ -19,11 +21,8 @@ app = typer.Typer(
 )
 app.add_typer(registry_commands)
 
-Endpoint = Annotated[str | None, typer.Option(help="S3 endpoint; else the environment's AWS_ENDPOINT_URL")]
+Lake = Annotated[str | None, typer.Option(help="whose registry has alias:NAME and registry:NAME@N")]
 Force = Annotated[bool, typer.Option("--force", help="overwrite what is there")]
-Json = Annotated[
-    bool, typer.Option("--json", help="print the result as one JSON object, the last line of stdout")
-]
 
 
 class Format(StrEnum):
@@ -70,8 +69,12 @@ def import_(
 
 @app.command()
 def export(
-    source: Annotated[str, typer.Argument(metavar="SRC", help="checkpoint (.safetensors), or demo")],
+    source: Annotated[
+        str,
+        typer.Argument(metavar="SRC", help="checkpoint (.safetensors), demo, alias:NAME or registry:NAME@N"),
+    ],
     out: Annotated[str, typer.Argument(metavar="OUT", help="file to write: .pth for torchvision, or .onnx")],
+    lake: Lake = None,
     force: Force = False,
     endpoint_url: Endpoint = None,
     as_json: Json = False,
@@ -80,7 +83,7 @@ def export(
     from jobs.export.export_weights import run_export
     from jobs.lake.storage import Storage
 
-    result = run_export(source, out, Storage(StorageSpec(endpoint_url=endpoint_url)), force)
+    result = run_export(source, out, Storage(StorageSpec(endpoint_url=endpoint_url)), force, lake)
     if as_json:
         print(result.to_json())
         return
@@ -102,44 +105,37 @@ def export(
 
 @app.command()
 def inspect(
-    source: Annotated[str, typer.Argument(metavar="SRC", help="any model file, or demo")],
+    source: Annotated[
+        str, typer.Argument(metavar="SRC", help="any model file, demo, alias:NAME or registry:NAME@N")
+    ],
+    lake: Lake = None,
     endpoint_url: Endpoint = None,
     as_json: Json = False,
 ) -> None:
     """Say what a model file holds: ours, torchvision's or Detectron2's."""
     from jobs.export.inspect_model import run_inspect
     from jobs.lake.storage import Storage
+    from jobs.terminal_table import print_table
 
-    report = run_inspect(source, Storage(StorageSpec(endpoint_url=endpoint_url)))
+    report = run_inspect(source, Storage(StorageSpec(endpoint_url=endpoint_url)), lake)
     if as_json:
         print(json.dumps(report))
     else:
-        _print_table(report)
+        print_table(None, _lines(report))
 
 
-def _print_table(report: dict[str, Any]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(show_header=False, box=None, pad_edge=False)
-    table.add_column(style="bold")
-    table.add_column(overflow="fold")
+def _lines(report: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """Name and text of each line of a report; the name only in the first line of a value."""
     for name, value in report.items():
-        table.add_row(Text(name.replace("_", " ")), Text(_printable(_cell(name, value))))
-    Console().print(table)
+        for number, line in enumerate(_texts(name, value)):
+            yield "" if number else name.replace("_", " "), line
 
 
-def _cell(name: str, value: Any) -> str:
+def _texts(name: str, value: Any) -> list[str]:
     if name == "categories":
-        return f"{len(value)}: " + ", ".join(f"{category_id} {label}" for category_id, label in value)
+        return [f"{len(value)}: " + ", ".join(f"{category_id} {label}" for category_id, label in value)]
     if isinstance(value, dict):
-        return "\n".join(f"{key} = {item}" for key, item in value.items()) or "none"
+        return [f"{key} = {item}" for key, item in value.items()] or ["none"]
     if isinstance(value, list):
-        return ", ".join(map(str, value)) or "none"
-    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
-
-
-def _printable(text: str) -> str:
-    """A file's names may hold terminal escapes; line breaks are ours."""
-    return "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text)
+        return [", ".join(map(str, value)) or "none"]
+    return [f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)]

@@ -15,7 +15,7 @@ from pathlib import PurePosixPath
 
 import torch
 
-from jobs.export.files import SIDECAR_SUFFIX, refuse_existing, write_model_file
+from jobs.export.files import SIDECAR_SUFFIX, check_lake, refuse_existing, write_model_file
 from jobs.export.sidecar import Sidecar
 from jobs.lake.models import read_checkpoint_bytes
 from jobs.lake.storage import Storage
@@ -38,19 +38,25 @@ class Exported:
         return json.dumps(asdict(self))
 
 
-def run_export(source: str, out: str, storage: Storage, force: bool = False) -> Exported:
+def run_export(
+    source: str, out: str, storage: Storage, force: bool = False, lake_uri: str | None = None
+) -> Exported:
     """Convert a checkpoint.
+
+    Args:
+        lake_uri: whose registry has the model, where `source` is alias:NAME or registry:NAME@N.
 
     Raises:
         UsageError: it cannot be read, OUT has no known suffix, or OUT exists. Nothing was written.
     """
+    check_lake(source, lake_uri)
     uri = storage.normalize(out)
     write = _WRITERS.get(PurePosixPath(uri).suffix)
     if write is None:
         raise UsageError(f"OUT is {uri}; its suffix chooses the format, one of: {', '.join(_WRITERS)}.")
     with_sidecar = write is _torchvision_files
     refuse_existing([uri, uri + SIDECAR_SUFFIX] if with_sidecar else [uri], storage, force)
-    data, where = read_checkpoint_bytes(source, storage)
+    data, where = read_checkpoint_bytes(source, storage, lake_uri)
     try:
         checkpoint = parse_checkpoint(data, where)
         model = checkpoint.build()  # refuses weights that do not fit, or are not finite

@@ -13,15 +13,24 @@ from schemas.errors import UsageError
 SIDECAR_SUFFIX = ".json"
 
 
-def read_model_file(source: str, storage: Storage) -> tuple[bytes, str]:
+def check_lake(source: str, lake_uri: str | None) -> None:
+    """Refuse a model of a registry where it is not said whose."""
+    if is_of_registry(source) and lake_uri is None:
+        raise UsageError(f"{source} is a model of a lake's registry: say which lake with --lake.")
+
+
+def read_model_file(source: str, storage: Storage, lake_uri: str | None = None) -> tuple[bytes, str]:
     """The bytes of any model file, ours or not, and its name for messages.
 
+    Args:
+        source: path, URI or demo; with a lake also alias:NAME and registry:NAME@N.
+
     Raises:
-        UsageError: there is no such file, or it is too large to be one.
+        UsageError: there is no such file, alias or version, or it is too large to be one.
         StorageError: the store refused.
     """
     if source == "demo" or is_of_registry(source):
-        return read_checkpoint_bytes(source, storage)
+        return read_checkpoint_bytes(source, storage, lake_uri)
     uri = storage.normalize(source)
     storage.check_reachable(uri, "model")
     try:

@@ -1,6 +1,7 @@
 """`masklake model inspect`: what a model file holds, ours or not, without running or changing anything.
 
-Enters: a path or URI. Leaves: a report of plain values, for JSON and for a table.
+Enters: a path or URI, or a model of a lake's registry. Leaves: a report of plain values, for JSON and for a
+table.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from jobs.export.files import SIDECAR_SUFFIX, is_checkpoint, read_model_file, read_sidecar_bytes
+from jobs.export.files import SIDECAR_SUFFIX, check_lake, is_checkpoint, read_model_file, read_sidecar_bytes
 from jobs.export.sidecar import Sidecar, parse_sidecar
 from jobs.lake.storage import Storage
 from maskrcnn_core.checkpoint import parse_checkpoint
@@ -40,13 +41,17 @@ _SHOWN = (
 )
 
 
-def run_inspect(source: str, storage: Storage) -> dict[str, Any]:
+def run_inspect(source: str, storage: Storage, lake_uri: str | None = None) -> dict[str, Any]:
     """Plain values, in the order to show them.
 
+    Args:
+        lake_uri: whose registry has the model, where `source` is alias:NAME or registry:NAME@N.
+
     Raises:
-        UsageError: there is no such file, or nothing in it can be a model.
+        UsageError: there is no such file, alias or version, or nothing in it can be a model.
     """
-    data, where = read_model_file(source, storage)
+    check_lake(source, lake_uri)
+    data, where = read_model_file(source, storage, lake_uri)
     report: dict[str, Any] = {
         "file": where,
         "size_bytes": len(data),

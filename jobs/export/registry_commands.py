@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from jobs.command_options import Endpoint, Json
 from schemas.errors import UsageError
 from schemas.specs import StorageSpec
 
@@ -24,10 +24,6 @@ if TYPE_CHECKING:
 app = typer.Typer(pretty_exceptions_enable=False)
 
 Lake = Annotated[str, typer.Option(help="where the tables and the registry are")]
-Endpoint = Annotated[str | None, typer.Option(help="S3 endpoint; else the environment's AWS_ENDPOINT_URL")]
-Json = Annotated[
-    bool, typer.Option("--json", help="print the result as one JSON object, the last line of stdout")
-]
 
 
 @app.command()
@@ -154,6 +150,8 @@ def _aliases_of(version: ModelVersion, moves: dict[str, list[AliasMove]]) -> lis
 def _print_versions(
     versions: list[ModelVersion], moves: dict[str, list[AliasMove]], labelled: dict[str, list[str]]
 ) -> None:
+    from jobs.terminal_table import print_table
+
     rows = [
         (
             str(version),
@@ -164,27 +162,16 @@ def _print_versions(
         )
         for version in versions
     ]
-    _print_table(("model", "aliases", "registered", "labelled as", "note"), rows)
+    print_table(("model", "aliases", "registered", "labelled as", "note"), rows)
 
 
 def _print_aliases(moves: dict[str, list[AliasMove]]) -> None:
+    from jobs.terminal_table import print_table
+
     newest = [its_moves[0] for its_moves in moves.values()]
     if newest:
         print()
-        _print_table(
+        print_table(
             ("alias", "model", "since", "by", "why"),
             [(move.alias, move.model, move.at, move.by, move.why) for move in newest],
         )
-
-
-def _print_table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(*columns, box=None, pad_edge=False)
-    for column in table.columns:
-        column.overflow = "fold"
-    for row in rows:
-        table.add_row(*(Text(str(cell)) for cell in row))
-    Console().print(table)

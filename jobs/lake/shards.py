@@ -3,7 +3,6 @@
 import hashlib
 from collections.abc import Container, Iterable
 from dataclasses import dataclass
-from pathlib import PurePosixPath
 from typing import Literal, NamedTuple
 
 from jobs.lake.object_table import NO_OBJECTS, ObjectTable
@@ -117,7 +116,7 @@ def is_image_name(key: str) -> bool:
 
 def image_name(path: str) -> str:
     """A file's name without folder and image suffix: what an image's key and a file_name have in common."""
-    name = PurePosixPath(path).name
+    name = path.rstrip("/").rpartition("/")[2]
     stem, dot, suffix = name.rpartition(".")
     return stem if dot and suffix.isalnum() and 2 < len(suffix) < 5 else name
 

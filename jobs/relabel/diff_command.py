@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from jobs.command_options import Endpoint, Json
 from schemas.errors import UsageError
 from schemas.specs import SourceSpec, StorageSpec
 
@@ -32,12 +33,8 @@ def diff(
         float, typer.Option(min=0.01, max=1, help="IoU of the boxes of one and the same object")
     ] = 0.5,
     boxes_only: Annotated[bool, typer.Option("--boxes-only", help="read no masks: IoUs of boxes")] = False,
-    endpoint_url: Annotated[
-        str | None, typer.Option(help="S3 endpoint; else the environment's AWS_ENDPOINT_URL")
-    ] = None,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="print the result as one JSON object, the last line of stdout")
-    ] = False,
+    endpoint_url: Endpoint = None,
+    as_json: Json = False,
 ) -> None:
     """Compare the labels of two models on the same images: lost, added, relabelled, moved."""
     from jobs.lake.labels_table import LabelsTable
@@ -57,8 +54,8 @@ def diff(
         from jobs.relabel.gate import measure_ap
 
         aps = (
-            measure_ap(annotations, lake_uri, old_id, storage),
-            measure_ap(annotations, lake_uri, new_id, storage),
+            measure_ap(annotations, table, storage, chosen, old_id),
+            measure_ap(annotations, table, storage, chosen, new_id),
         )
     found = diff_models(
         table,
@@ -110,31 +107,17 @@ def _sources(table: LabelsTable, model_id: str) -> set[str]:
 
 
 def _print(found: LabelDiff) -> None:
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
     from jobs.relabel.diff_words import OBJECT_HEAD, image_lines, object_rows, why
+    from jobs.terminal_table import print_table, printable
 
-    console = Console(highlight=False)
     for title, model_id in (("old", found.old_model_id), ("new", found.new_model_id)):
-        console.print(Text(f"{title}      {_printable(model_id)}"))
-    console.print(Text(f"source   {_printable(found.source)}"))
+        print(f"{title}      {printable(model_id)}")
+    print(f"source   {printable(found.source)}")
     for words, number in image_lines(found):
-        console.print(Text(f"{number:>12,}  {words}"))
-    table = Table(box=None, pad_edge=False)
-    for number, title in enumerate(OBJECT_HEAD):
-        table.add_column(title, justify="right" if number else "left", overflow="fold")
+        print(f"{number:>12,}  {words}")
     rows = list(object_rows(found))
-    for row in rows[: _SHOWN_CATEGORIES + 1]:
-        table.add_row(*(Text(_printable(cell)) for cell in row))
-    console.print(table)
+    print_table(OBJECT_HEAD, rows[: _SHOWN_CATEGORIES + 1], numbers=True)
     if len(rows) > _SHOWN_CATEGORIES + 1:
-        console.print(Text(f"and {len(rows) - _SHOWN_CATEGORIES - 1:,} categories more: --json has them"))
+        print(f"and {len(rows) - _SHOWN_CATEGORIES - 1:,} categories more: --json has them")
     for change in found.worst[:_SHOWN_IMAGES]:
-        console.print(Text(f"{_printable(change.image_id)}: {why(change)}"))
-
-
-def _printable(text: str) -> str:
-    """Names may hold terminal escapes."""
-    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
+        print(f"{printable(change.image_id)}: {why(change)}")

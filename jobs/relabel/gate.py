@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from jobs.lake.labels_table import LabelsTable
 from jobs.lake.storage import Storage
 from jobs.relabel.diff import CategoryDiff, LabelDiff
 from schemas.errors import GateRefused, UsageError
@@ -30,18 +31,21 @@ class RuleResult:
     text: str
 
 
-def measure_ap(annotations: str, lake_uri: str, model_id: str, storage: Storage) -> float:
-    """Mask AP of a model's labels, below 0 where the ground truth has no object.
+def measure_ap(annotations: str, table: LabelsTable, storage: Storage, source: str, model_id: str) -> float:
+    """Mask AP of a model's labels of one source, below 0 where the ground truth has no object.
 
     Args:
         annotations: coco:URI of an instances JSON.
+        table: at the version that the diff was made from.
+        source: as the rows have it.
 
     Raises:
-        UsageError: it is none, or the model has labels for none of its images.
+        UsageError: it is no such JSON, or the model has labels for none of its images.
+        StorageError: the store refused, or a label file is damaged.
     """
-    from jobs.evaluate.run import run_evaluate  # brings torch along
+    from jobs.evaluate.run import evaluate_labels  # brings torch along
 
-    return run_evaluate(lake_uri, annotations.removeprefix("coco:"), model_id, storage).segm["AP"]
+    return evaluate_labels(table, annotations.removeprefix("coco:"), model_id, storage, source).segm["AP"]
 
 
 def judge(

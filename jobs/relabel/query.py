@@ -10,7 +10,7 @@ import csv
 import json
 import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from datetime import date, datetime, time
 from decimal import Decimal
 from itertools import islice
@@ -19,6 +19,7 @@ from typing import Any
 import duckdb
 import pyarrow as pa
 
+from jobs.terminal_table import print_table
 from schemas.errors import MasklakeError, StorageError, UsageError
 
 _SHOWN_ROWS = 50
@@ -78,27 +79,10 @@ def print_rows(rows: Rows, version: int, as_csv: bool, as_json: bool) -> None:
         writer.writerows([_cell(value) for value in row] for row in rows)
     else:
         some = list(islice(rows, _SHOWN_ROWS + 1))
-        print_table(rows.columns, [[_cell(value) for value in row] for row in some[:_SHOWN_ROWS]])
+        shown = [[_short(_cell(value)) for value in row] for row in some[:_SHOWN_ROWS]]
+        print_table([_short(name) for name in rows.columns], shown)
         if len(some) > _SHOWN_ROWS:
             print(f"the first {_SHOWN_ROWS} rows; --csv prints all")
-
-
-def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """For a terminal: names of images may hold what it would take for orders, and masks are long."""
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    def show(cell: str) -> Text:
-        short = cell if len(cell) <= _SHOWN_CHARS else f"{cell[:_SHOWN_CHARS]}…"
-        return Text("".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in short))
-
-    table = Table(box=None, pad_edge=False)
-    for name in columns:
-        table.add_column(show(name), overflow="fold")
-    for row in rows:
-        table.add_row(*map(show, row))
-    Console().print(table)
 
 
 def _in_words(error: Exception) -> MasklakeError:
@@ -131,3 +115,8 @@ def _cell(value: Any) -> str:
     if isinstance(value, str):
         return value
     return "" if value is None else json.dumps(value, ensure_ascii=False)
+
+
+def _short(cell: str) -> str:
+    """Masks are long."""
+    return cell if len(cell) <= _SHOWN_CHARS else f"{cell[:_SHOWN_CHARS]}…"

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from jobs.command_options import Json
 from schemas.relabel_spec import RelabelSpec
 from schemas.spec_loader import load_spec
 
@@ -23,9 +24,6 @@ TimeBudget = Annotated[
     str | None, typer.Option(help="end after a commit when so much time is over, such as 4h")
 ]
 MaxImages = Annotated[int | None, typer.Option(min=1, help="end after so many images")]
-Json = Annotated[
-    bool, typer.Option("--json", help="print the result as one JSON object, the last line of stdout")
-]
 
 
 def relabel(

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from jobs.command_options import Endpoint, Json
 from schemas.errors import GateRefused, UsageError
 from schemas.specs import StorageSpec
 
@@ -29,10 +30,6 @@ At = Annotated[
 ]
 By = Annotated[str | None, typer.Option(help="who wants it; else the login")]
 Why = Annotated[str, typer.Option(help="a line for the history")]
-Endpoint = Annotated[str | None, typer.Option(help="S3 endpoint; else the environment's AWS_ENDPOINT_URL")]
-Json = Annotated[
-    bool, typer.Option("--json", help="print the result as one JSON object, the last line of stdout")
-]
 
 
 @app.command()
@@ -162,7 +159,7 @@ def history(lake: Lake, endpoint_url: Endpoint = None, as_json: Json = False) ->
     from jobs.lake import current
     from jobs.lake.labels_table import LabelsTable
     from jobs.lake.storage import Storage
-    from jobs.relabel.query import print_table
+    from jobs.terminal_table import print_table
 
     table = LabelsTable.open(lake, Storage(StorageSpec(endpoint_url=endpoint_url)))
     switches = current.history(table)

@@ -6,9 +6,7 @@ import hashlib
 import json
 import os
 import pickle
-import sys
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +14,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from jobs.cli import main
 from jobs.export.categories import choose_categories, parse_categories
 from jobs.lake.storage import Storage
 from maskrcnn_core import detectron2_recipes, torchvision_format
@@ -25,53 +22,10 @@ from maskrcnn_core.config import COCO_CATEGORIES, MaskRCNNConfig, lite, r50_fpn
 from maskrcnn_core.model import build_model
 from schemas.errors import UsageError
 from schemas.specs import StorageSpec
+from tests.export.conftest import Masklake, assert_refused
 from tests.maskrcnn_core import detectron2_reading
 
 THREE = ((1, "ellipse"), (7, "box"), (9, "star"))
-
-
-@dataclass(frozen=True)
-class Result:
-    status: int
-    out: str
-    err: str
-
-    @property
-    def json(self) -> Any:
-        assert self.status == 0, self.err
-        return json.loads(self.out.splitlines()[-1])
-
-
-Masklake = Callable[..., Result]
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> None:
-    torch.set_num_threads(1)
-
-
-@pytest.fixture
-def masklake(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Masklake:
-    """The console script, in this process."""
-
-    def run(*arguments: str | Path) -> Result:
-        monkeypatch.setattr(sys, "argv", ["masklake", "model", *map(str, arguments)])
-        with pytest.raises(SystemExit) as left:
-            main()
-        out, err = capsys.readouterr()
-        code = left.value.code
-        return Result(code if isinstance(code, int) else 0, out, err)
-
-    return run
-
-
-def assert_refused(result: Result, *words: str, status: int = 2) -> None:
-    assert result.status == status, result.err
-    lines = result.err.strip().splitlines()
-    assert len(lines) == 1, result.err
-    assert lines[0].startswith("masklake: ")
-    for word in words:
-        assert word in lines[0]
 
 
 def read(path: Path) -> Checkpoint:

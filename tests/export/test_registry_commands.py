@@ -3,17 +3,11 @@
 from __future__ import annotations
 
 import getpass
-import json
-import sys
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
-from jobs.cli import main
 from jobs.lake.aliases import login
 from jobs.lake.commit import Committer, DeltaStore, app_id
 from jobs.lake.fragments import write_fragment
@@ -24,45 +18,10 @@ from maskrcnn_core.checkpoint import dump_checkpoint, parse_checkpoint
 from maskrcnn_core.config import lite
 from maskrcnn_core.model import build_model
 from schemas.specs import StorageSpec
+from tests.export.conftest import Masklake, assert_refused
 from tests.lake.conftest import make_label_rows
 
 CATEGORIES = ((1, "window"), (3, "door"))
-
-
-@dataclass(frozen=True)
-class Result:
-    status: int
-    out: str
-    err: str
-
-    @property
-    def json(self) -> Any:
-        assert self.status == 0, self.err
-        return json.loads(self.out.splitlines()[-1])
-
-
-Masklake = Callable[..., Result]
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> None:
-    torch.set_num_threads(1)
-
-
-@pytest.fixture
-def masklake(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Masklake:
-    """The console script, in this process, with a wide terminal."""
-    monkeypatch.setenv("COLUMNS", "250")
-
-    def run(*arguments: str | Path) -> Result:
-        monkeypatch.setattr(sys, "argv", ["masklake", "model", *map(str, arguments)])
-        with pytest.raises(SystemExit) as left:
-            main()
-        out, err = capsys.readouterr()
-        code = left.value.code
-        return Result(code if isinstance(code, int) else 0, out, err)
-
-    return run
 
 
 @pytest.fixture(scope="module")
@@ -91,15 +50,6 @@ def label(lake: Path, checkpoint: Path) -> str:
     )
     record_model_id(storage, str(lake), record)
     return model_id
-
-
-def assert_refused(result: Result, *words: str) -> None:
-    assert result.status == 2, result.err
-    lines = result.err.strip().splitlines()
-    assert len(lines) == 1, result.err
-    assert lines[0].startswith("masklake: ")
-    for word in words:
-        assert word in lines[0]
 
 
 def test_versions_are_registered_named_by_aliases_and_listed(
@@ -192,3 +142,24 @@ def test_a_user_without_a_name_is_known_by_number(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(getpass, "getuser", no_name)
     monkeypatch.setattr("os.getuid", lambda: 4711)
     assert login() == "uid 4711"
+
+
+def test_models_of_a_registry_are_inspected_and_exported(
+    masklake: Masklake, checkpoints: tuple[Path, Path], tmp_path: Path
+) -> None:
+    first, _ = checkpoints
+    lake = ("--lake", tmp_path / "lake")
+    masklake("register", first, *lake, "--name", "facades")
+    masklake("alias", "champion", "facades@1", *lake)
+    report = masklake("inspect", "alias:champion", *lake, "--json").json
+    assert report["fingerprint"] == parse_checkpoint(first.read_bytes(), "").fingerprint
+    assert report["file"].startswith("facades@1 (")
+    exported = masklake("export", "registry:facades@1", tmp_path / "a.pth", *lake, "--json").json
+    assert exported["fingerprint"] == report["fingerprint"]
+    assert (tmp_path / "a.pth").exists()
+
+    for arguments in (("inspect", "alias:champion"), ("export", "registry:facades@1", tmp_path / "b.pth")):
+        assert_refused(masklake(*arguments), str(arguments[1]), "is a model of a lake's registry", "--lake")
+        assert_refused(masklake(*arguments, "--lake", tmp_path / "none"), "none")
+    assert_refused(masklake("inspect", "registry:facades@3", *lake), "facades@3 is not registered")
+    assert not (tmp_path / "b.pth").exists()

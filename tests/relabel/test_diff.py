@@ -16,21 +16,10 @@ from jobs.lake.model_ids import ModelIdRecord, record_model_id
 from jobs.lake.storage import CorruptObjectError, Storage
 from jobs.relabel import paired_labels
 from jobs.relabel.diff import ImageCounts, LabelDiff, ScoreShift, diff_models
-from schemas.specs import StorageSpec
 from tests.relabel.two_models import NEW, OLD, SOURCE, add_rows, found, label_rows
 
 CAR, DOG, CAT = 1, 2, 3
 LEFT, RIGHT, BELOW = (0, 0, 20, 20), (40, 0, 60, 20), (0, 30, 20, 50)
-
-
-@pytest.fixture
-def storage() -> Storage:
-    return Storage(StorageSpec())
-
-
-@pytest.fixture
-def table(tmp_path: Path, storage: Storage) -> LabelsTable:
-    return LabelsTable.open_or_create(f"file://{tmp_path}/lake", storage)
 
 
 def diff(table: LabelsTable, storage: Storage, **settings: Any) -> LabelDiff:

@@ -13,20 +13,10 @@ from jobs.relabel.diff import diff_models
 from jobs.relabel.diff_report import report_text, write_diff_report
 from jobs.relabel.gate import judge
 from schemas.gate_spec import GateSpec
-from schemas.specs import SourceSpec, StorageSpec
+from schemas.specs import SourceSpec
 from tests.relabel.two_models import HEIGHT, NEW, OLD, WIDTH, add_rows, found, label_rows
 
 BOX = (4, 4, 40, 40)
-
-
-@pytest.fixture
-def storage() -> Storage:
-    return Storage(StorageSpec())
-
-
-@pytest.fixture
-def table(tmp_path: Path, storage: Storage) -> LabelsTable:
-    return LabelsTable.open_or_create(f"file://{tmp_path}/lake", storage)
 
 
 @pytest.fixture
