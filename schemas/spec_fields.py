@@ -119,4 +119,5 @@ ErrorKinds = Annotated[tuple[ErrorKind, ...], Wanted(f"a list of {', '.join(Erro
 class Section(BaseModel):
     """A section of a spec: frozen, and refusing keys that it does not know."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    # Without the inputs: one may be a URI with a password in it.
+    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)

@@ -1,7 +1,7 @@
 """Loads a spec: a YAML file, overrides over it, the flags over both, then one check of everything.
 
-Enters: a YAML file, `a.b=c` overrides, the flags' URIs. Leaves: a validated spec, or a UsageError that names
-every problem at once.
+Enters: a YAML file or `env:NAME`, `a.b=c` overrides, the flags' URIs. Leaves: a validated spec, or a
+UsageError that names every problem at once.
 """
 
 from collections.abc import Mapping, Sequence
@@ -26,7 +26,8 @@ def load_spec(cls: type[SpecT], path: str | None, overrides: Sequence[str] = (),
 
     Args:
         cls: the spec's model, such as InferSpec.
-        path: a local YAML file of at most 1 MiB; None: start from the defaults.
+        path: a local YAML file of at most 1 MiB, or `env:MASKLAKE_SPEC`, the variable that holds the YAML;
+            None: start from the defaults.
         overrides: `pool.batch_size=16`, values in YAML.
         **flags: their values by dotted path, `**{"source.uri": "photos/"}`; None: the flag was not given.
 

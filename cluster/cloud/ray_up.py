@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from cluster.kubernetes.pools import Pool, RayCluster, quantity
+from cluster.ray_settings import RAY_SETTINGS
 from schemas.errors import UsageError
 
 TOKEN_FILE = "~/.ray/auth_token"
@@ -28,7 +29,7 @@ _RUN_OPTIONS = (
     "--user $(id -u):0",
     "--env USER=masklake",
     "--env RAY_AUTH_MODE=token",
-    "--env RAY_USAGE_STATS_ENABLED=0",
+    *(f"--env {name}={value}" for name, value in RAY_SETTINGS.items()),
     "--cap-drop ALL",
     "--security-opt no-new-privileges",
     "--ulimit nofile=65536:65536",

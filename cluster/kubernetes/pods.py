@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from cluster.kubernetes.pools import Pool, RayCluster
 from cluster.kubernetes.spec_map import MOUNT, spec_file, volume
 from cluster.kubernetes.yaml_text import Manifest
+from cluster.ray_settings import RAY_SETTINGS
 
 POD_SECURITY: Manifest = {"runAsNonRoot": True, "seccompProfile": {"type": "RuntimeDefault"}}
 CONTAINER_SECURITY: Manifest = {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
@@ -116,7 +117,7 @@ def _ray_pod(name: str, pool: Pool, cluster: RayCluster) -> Manifest:
 
 
 def _environment(allowed_uris: Sequence[str]) -> list[Manifest]:
-    variables = {"RAY_USAGE_STATS_ENABLED": "0"}
+    variables = dict(RAY_SETTINGS)
     if allowed_uris:
         variables["MASKLAKE_ALLOWED_URIS"] = " ".join(allowed_uris)
     return [{"name": name, "value": value} for name, value in variables.items()]

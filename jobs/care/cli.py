@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from jobs.command_options import Endpoint, Json
+from jobs.terminal_table import printable
 from schemas.durations import parse_duration
 from schemas.specs import SourceSpec, StorageSpec
 
@@ -188,10 +189,10 @@ def _print_audit(found: Audit, sources: list[SourceCheck], deep: bool) -> None:
             f"{check.model_id}, {_number(check.extra, 'row')} without an image{unknown}"
         )
     for lease in found.leases:
-        print(f"at work  {lease.holder} (lease {lease.key}, {lease.expires_in_s:.0f} s left)")
+        print(f"at work  {printable(lease.holder)} (lease {lease.key}, {lease.expires_in_s:.0f} s left)")
     for run_id in found.unfinished_runs:
-        print(f"no end   run {run_id} wrote no summary: it is at work, or was killed")
-    print("\n".join(f"WRONG    {problem}" for problem in found.problems) or "sound")
+        print(f"no end   run {printable(run_id)} wrote no summary: it is at work, or was killed")
+    print("\n".join(f"WRONG    {printable(problem)}" for problem in found.problems) or "sound")
 
 
 def _files(files: list[StoredFile]) -> str:

@@ -59,6 +59,8 @@ _MAX_KEPT_PAGE_BYTES = 16 << 20
 
 _MODULE = "jobs.infer.decode_child"
 
+# Of storage, of Ray's cluster, of trackers: a decoder needs none of them.
+_SECRET_PREFIXES: Final = ("AWS_", "GOOGLE_", "RAY_", "WANDB_", "MLFLOW_")
 _CHILD_SETTINGS: Final = {
     "OPENBLAS_NUM_THREADS": "1",  # nothing in a decoder multiplies matrices
     "OMP_NUM_THREADS": "1",
@@ -408,7 +410,8 @@ class _Loan:
 
 
 def _environment() -> dict[str, str]:
-    """Ours, with the modules found where we find them."""
+    """Ours, with the modules found where we find them, without credentials: pictures are strangers'."""
     root = str(Path(jobs.__path__[0]).parent)
     path = os.pathsep.join([root, *(entry for entry in sys.path if entry)])
-    return {**os.environ, "PYTHONPATH": path, **_CHILD_SETTINGS}
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(_SECRET_PREFIXES)}
+    return {**kept, "PYTHONPATH": path, **_CHILD_SETTINGS}

@@ -18,6 +18,7 @@ from rich.progress import (
 )
 
 from jobs.infer.summary import Summary
+from jobs.terminal_table import printable
 
 JSON_INTERVAL_S = 10.0
 
@@ -55,7 +56,7 @@ class TerminalWatcher:
         self._started = time.monotonic()
 
     def note(self, text: str) -> None:
-        self._console.print(text, highlight=False, markup=False)
+        self._console.print(printable(text), highlight=False, markup=False)
 
     def start(self, num_shards: int, num_bytes: int) -> None:
         self._started = time.monotonic()

@@ -178,7 +178,7 @@ class LabelsTable:
     def paths(self) -> set[str]:
         """Paths of every file of this version, below the table; cheaper than files()."""
         actions = pa.table(self._delta.get_add_actions())
-        return {unquote(str(path)) for path in actions["path"].to_pylist()}
+        return {_path_below(str(path)) for path in actions["path"].to_pylist()}
 
     def file_uris(self, model_id: str | None = None) -> list[str]:
         """Absolute URIs of the Parquet files, plain paths on a disk, for readers that know no Delta.
@@ -427,10 +427,26 @@ def _label_files(actions: pa.Table) -> Iterator[LabelFile]:
         strict=True,
     ):
         known = num_rows is not None and num_no_error is not None
-        # The log percent-encodes paths, on top of what the partition's folder is called.
         yield LabelFile(
-            unquote(path), model_id, size_bytes, num_rows, num_rows - num_no_error if known else None, *bounds
+            _path_below(path),
+            model_id,
+            size_bytes,
+            num_rows,
+            num_rows - num_no_error if known else None,
+            *bounds,
         )
+
+
+def _path_below(path: str) -> str:
+    """A file's path below the table. The log percent-encodes it, on top of what the partition's folder is.
+
+    Raises:
+        StorageError: it leads elsewhere. Delta's protocol allows that; none of our tables has such files.
+    """
+    plain = unquote(path)
+    if "://" in plain or plain.startswith("/") or ".." in plain.split("/"):
+        raise StorageError(f"the table's log names {plain!r}, which is outside of the table; mend the log")
+    return plain
 
 
 def _guarantee(file: LabelFile) -> pads.Expression:

@@ -11,7 +11,7 @@ import pyarrow as pa
 from pyarrow import csv
 
 from jobs.lake.object_table import ObjectTable
-from jobs.lake.parquet_source import open_parquet
+from jobs.lake.parquet_source import check_plain, open_parquet
 from jobs.lake.shards import ImageIds, Shard
 from jobs.lake.storage import ObjectInfo, Storage
 from schemas.errors import UsageError
@@ -49,6 +49,7 @@ def _parquet_uris(info: ObjectInfo, storage: Storage) -> Iterator[str]:
     with storage.open_verified(info) as stream:
         file = open_parquet(stream)
         _check_column(file.schema_arrow.names, info)
+        check_plain(file.schema_arrow, URI_COLUMN, info.uri)
         yield from _texts(file.iter_batches(columns=[URI_COLUMN]), info)
 
 

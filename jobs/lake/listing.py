@@ -142,6 +142,8 @@ def _load(spec: SourceSpec, storage: Storage, lake_uri: str, now_s: float) -> Li
             info = storage.stat(f"{folder}/{pointer['id']}/{number:05d}.parquet")
             with storage.open_verified(info) as stream:
                 file = pq.ParquetFile(stream)
+                if not file.schema_arrow.equals(OBJECT_SCHEMA):  # also a type whose values would be run
+                    raise pa.ArrowInvalid(f"{info.uri} has other columns than a listing")
                 for group in range(file.num_row_groups):
                     objects = ObjectTable(file.read_row_group(group))
                     yield Shard(pointer["source"], pointer["name"], "files", None, objects)

@@ -67,6 +67,7 @@ def check_columns(schema: pa.Schema, spec: SourceSpec, uri: str) -> None:
     image_type = _type_of(schema, spec.image_column)
     if image_type is None:
         raise UsageError(f"no column '{spec.image_column}': {there_are}; set source.image_column")
+    check_plain(schema, spec.image_column, uri)
     if not (_is_bytes(image_type) or _is_bytes(_struct_field(image_type, "bytes"))):
         raise UsageError(
             f"column '{spec.image_column}' is {image_type}, wanted encoded images as binary or "
@@ -82,6 +83,27 @@ def check_columns(schema: pa.Schema, spec: SourceSpec, uri: str) -> None:
             f"column '{spec.id_column}' is {id_type}, wanted strings or whole numbers: {there_are}; "
             f"set source.id_column"
         )
+
+
+def check_plain(schema: pa.Schema, column: str, uri: str) -> None:
+    """Refuse a column whose values Python code makes, such as Ray's pickled objects: a file only has to name
+    such a type, and looking at a value runs what the file says.
+
+    Raises:
+        UsageError: it is one, or holds one.
+    """
+    kind = _type_of(schema, column)
+    if kind is not None and _holds_extension(kind):
+        raise UsageError(
+            f"{uri}: column '{column}' is {kind}, an extension type, whose values can be programs; wanted "
+            f"plain Parquet types"
+        )
+
+
+def _holds_extension(kind: pa.DataType) -> bool:
+    inner = [kind.value_type] if pa.types.is_dictionary(kind) else []
+    inner += [kind.field(index).type for index in range(kind.num_fields)]
+    return isinstance(kind, pa.BaseExtensionType) or any(map(_holds_extension, inner))
 
 
 def _row_group(

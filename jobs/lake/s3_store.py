@@ -2,7 +2,8 @@
 
 Credentials come from the environment, the profile or the role, as botocore finds them. Our own retries are
 the only ones: the client's are off, so that a failure takes a known time and a repeated put is known to be
-one.
+one. A redirect is an error: followed, it would bring a request, and a session's token with it, to a host that
+nobody named.
 """
 
 import base64
@@ -12,7 +13,9 @@ from collections.abc import Iterator
 from datetime import datetime
 from functools import partial
 from typing import Any
+from urllib.parse import urlsplit
 
+from aiobotocore.httpsession import AIOHTTPSession
 from aiobotocore.session import get_session
 from aiohttp import ClientError as AiohttpError
 from botocore.exceptions import (
@@ -78,6 +81,7 @@ _TRANSIENT_CODES = frozenset(
         "TooManyRequests",
     }
 )
+_REDIRECTS = frozenset({301, 302, 303, 307, 308})
 _TRANSIENT_ERRORS = (
     AiohttpError,
     BotoConnectionError,
@@ -112,6 +116,7 @@ class S3Store:
             "max_pool_connections": 32,
             "connect_timeout": _CONNECT_TIMEOUT_S,
             "read_timeout": _SILENCE_TIMEOUT_S,
+            "http_session_cls": _WithoutRedirects,
         }
         if endpoint_url:
             # Servers other than AWS may refuse the checksum trailers that botocore sends by default.
@@ -265,6 +270,32 @@ class S3Store:
 
     def _call(self, method: str, **request: Any) -> Any:
         return self.filesystem.call_s3(method, **request)
+
+
+class _WithoutRedirects(AIOHTTPSession):  # type: ignore[misc]  # which has no types
+    """aiobotocore's HTTP client. aiohttp follows redirects unless each request says no."""
+
+    async def send(self, request: Any) -> Any:
+        """Raises StorageError: a redirect. AWS's own names a bucket's region, which botocore goes by."""
+        response = await super().send(request)
+        if response.status_code in _REDIRECTS and "x-amz-bucket-region" not in response.headers:
+            host = urlsplit(request.url).netloc
+            raise StorageError(
+                f"{host} redirects to another place ({response.status_code}), where nothing is sent, as a "
+                f"session's token would go along; check storage.endpoint_url and AWS_ENDPOINT_URL"
+            )
+        return response
+
+    async def _get_session(self, proxy_url: str | None) -> Any:
+        return _StraightRequests(await super()._get_session(proxy_url))
+
+
+class _StraightRequests:
+    def __init__(self, session: Any) -> None:
+        self._session = session
+
+    async def request(self, *args: Any, **options: Any) -> Any:
+        return await self._session.request(*args, **options, allow_redirects=False)
 
 
 def _timestamp(value: Any) -> datetime:

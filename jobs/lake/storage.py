@@ -3,7 +3,8 @@
 Enters: a StorageSpec, and credentials from the environment or a role. Leaves: bytes that were compared with
 the size and, where there is one, the MD5 that the store gave for them; listings page by page; objects made by
 at most one of many writers. What fails in a way that may pass is tried again for PATIENCE_S; then, or at
-once otherwise, a StorageError says what, where and what to do. No message holds a credential.
+once otherwise, a StorageError says what, where and what to do. No message holds a credential. A URI that the
+operator's policy (uri_policy.py) does not allow is touched by no method: that is a UsageError.
 """
 
 import errno
@@ -102,8 +103,11 @@ class Storage:
         store, path = self._stores.locate(uri)
         wanted = re.compile(fnmatch.translate(include))
         hidden = re.compile(r"(?:^|/)[_.]")
+        has_links = uri.startswith("file://")
         for page in store.pages(path, partial(self._attempt, store, uri)):
             for info in page:
+                if has_links:
+                    self._stores.locate(info.uri)  # refuses one that leads out of what is allowed
                 key = info.uri[len(uri) + 1 :]
                 if not key.endswith("/") and not hidden.search(key) and wanted.match(key):
                     yield info

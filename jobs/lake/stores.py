@@ -1,15 +1,18 @@
 """Where a URI leads: the one spelling of it, the client for its kind of storage, deltalake's options for it.
 
 Enters: URIs as users write them, a StorageSpec, the environment's endpoint and region. Leaves: a Store and
-the path within it. Clients are made when first asked for, one of each kind in a process.
+the path within it, where the operator's policy allows the URI. Clients are made when first asked for, one of
+each kind in a process.
 """
 
 import os
+import re
 import threading
 
 from jobs.lake.local_store import LocalStore
 from jobs.lake.memory_store import MemoryStore
 from jobs.lake.store import Store
+from jobs.lake.uri_policy import ENDPOINT_VARIABLES, SCHEMES, UriPolicy
 from schemas.errors import UsageError
 from schemas.specs import StorageSpec
 
@@ -21,20 +24,29 @@ _DELTA_PATIENCE = {
     "backoff_config.max_backoff": "20s",
     "backoff_config.base": "4",
 }
-SCHEMES = ("file", "s3", "gs", "memory")
+# It becomes part of a host's name (s3.<region>.amazonaws.com), and so must not be able to end it.
+_REGION = re.compile(r"[A-Za-z0-9-]{1,63}")
 
 
 def normalize(uri: str) -> str:
     """The one spelling of a URI: with its scheme, absolute, without a trailing slash.
 
     Raises:
-        UsageError: another scheme than file, s3, gs, memory; or no bucket.
+        UsageError: another scheme than file, s3, gs, memory; no bucket; or credentials in it.
     """
     scheme, separator, path = uri.partition("://")
     if not separator:
         return f"file://{os.path.abspath(uri)}"
-    if scheme not in SCHEMES:
-        raise UsageError(f"'{uri}': scheme '{scheme}' is not supported; use a path, file://, s3://, gs://")
+    if scheme not in SCHEMES:  # the rest is not repeated: it may be a signed URL
+        raise UsageError(
+            f"'{scheme}://…': scheme '{scheme}' is not supported; use a path, file://, s3://, gs://"
+        )
+    # A secret key may hold a slash, so that what stands before it looks like a bucket with a port.
+    if re.search(r"[@:]", path.partition("/")[0]):
+        raise UsageError(
+            f"a URI, {scheme}://…, holds credentials or a port; name the bucket alone, and leave credentials "
+            f"to the environment or a role"
+        )
     if scheme == "file":
         if not path.startswith("/"):
             raise UsageError(f"'{uri}': a file URI has an absolute path, file:///folder/file")
@@ -49,18 +61,25 @@ class Stores:
 
     def __init__(self, spec: StorageSpec) -> None:
         self._spec = spec
+        self._policies: tuple[UriPolicy, ...] = (UriPolicy.from_environment(),)
         self._forget_clients()
 
-    def __getstate__(self) -> StorageSpec:
-        return self._spec
+    def __getstate__(self) -> tuple[StorageSpec, tuple[UriPolicy, ...]]:
+        return self._spec, self._policies
 
-    def __setstate__(self, spec: StorageSpec) -> None:
-        self._spec = spec
+    def __setstate__(self, state: tuple[StorageSpec, tuple[UriPolicy, ...]]) -> None:
+        """What is allowed is what was so where it came from, and is so here too."""
+        self._spec, carried = state
+        self._policies = tuple(dict.fromkeys((*carried, UriPolicy.from_environment())))
         self._forget_clients()
 
     def locate(self, uri: str) -> tuple[Store, str]:
-        """The store of a URI and its path there: "bucket/key", or the file's."""
-        scheme, _, path = normalize(uri).partition("://")
+        """The store of a URI and its path there: "bucket/key", or the file's.
+
+        Raises:
+            UsageError: it is no URI of ours, or the operator's policy does not allow it.
+        """
+        scheme, path = self._allowed(uri)
         key = (os.getpid(), scheme)  # clients do not survive a fork
         with self._lock:
             if key not in self._stores:
@@ -69,7 +88,7 @@ class Stores:
 
     def delta_options(self, uri: str) -> dict[str, str]:
         """The `storage_options` that bring deltalake to the same place; credentials it finds by itself."""
-        scheme = normalize(uri).partition("://")[0]
+        scheme, _ = self._allowed(uri)
         if scheme == "memory":
             raise UsageError(
                 f"'{uri}': a table cannot live in one process's memory; use a path, s3:// or gs://"
@@ -88,6 +107,14 @@ class Stores:
             options["aws_skip_signature"] = "true"
         return options
 
+    def _allowed(self, uri: str) -> tuple[str, str]:
+        """Scheme and path of a URI that every policy passes."""
+        whole = normalize(uri)
+        for policy in self._policies:
+            policy.check(whole)
+        scheme, _, path = whole.partition("://")
+        return scheme, path
+
     def _make_store(self, scheme: str) -> Store:
         """Clients are imported when they are first needed: each takes a good part of a second."""
         if scheme == "s3":
@@ -103,17 +130,24 @@ class Stores:
     def _forget_clients(self) -> None:
         self._stores: dict[tuple[int, str], Store] = {}
         self._lock = threading.Lock()
+        self._passed_endpoints: set[str] = set()
 
     def _endpoint_url(self) -> str | None:
-        variables = (os.environ.get(name) for name in ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL"))
+        """The spec's, or the environment's; None for AWS. Raises UsageError: it is not allowed."""
+        variables = (os.environ.get(name) for name in ENDPOINT_VARIABLES)
         url = self._spec.endpoint_url or next(filter(None, variables), None)
-        if url and "@" in url:
-            raise UsageError(
-                "AWS_ENDPOINT_URL holds credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
-            )
+        if url and url not in self._passed_endpoints:  # asked once: names are looked up
+            for policy in self._policies:
+                policy.check_endpoint(url, of_spec=self._spec.endpoint_url is not None)
+            self._passed_endpoints.add(url)
         return url
 
     def _region(self) -> str | None:
         variables = (os.environ.get(name) for name in ("AWS_REGION", "AWS_DEFAULT_REGION"))
         default = "us-east-1" if self._endpoint_url() else None  # other servers ignore it, but it is signed
-        return self._spec.region or next(filter(None, variables), default)
+        region = self._spec.region or next(filter(None, variables), default)
+        if region and not _REGION.fullmatch(region):
+            raise UsageError(
+                f"storage.region or AWS_REGION is {region!r}, wanted a region's name such as eu-central-1"
+            )
+        return region

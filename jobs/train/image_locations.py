@@ -20,7 +20,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from jobs.lake.parquet_source import check_columns, open_parquet
+from jobs.lake.parquet_source import check_columns, check_plain, open_parquet
 from jobs.lake.shards import MAX_IMAGE_BYTES, ImageIds, Shard, image_name, is_image_name
 from jobs.lake.sources import list_shards
 from jobs.lake.storage import CorruptObjectError, MissingObjectError, ObjectInfo, Storage
@@ -276,7 +276,9 @@ class _RowGroups:
         info = location.info
         try:
             with self._storage.open_unverified(info) as stream:
-                return open_parquet(stream).read_row_group(location.row_group, [location.column]).column(0)
+                file = open_parquet(stream)
+                check_plain(file.schema_arrow, location.column, info.uri)
+                return file.read_row_group(location.row_group, [location.column]).column(0)
         except (pa.ArrowException, OSError) as error:
             if isinstance(error, OSError) and error.errno is not None:
                 raise

@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from jobs.lake.storage import Storage
 from jobs.train.image_locations import LOCATION_COLUMNS, LOCATIONS, ImageLocation, locate_images
 from jobs.train.records import Problem, Problems, Records, Spool
-from jobs.train.set_file import BATCH_IMAGES, FACTS_KEY, FACTS_VERSION, SetWriter
+from jobs.train.set_file import BATCH_IMAGES, FACTS_KEY, FACTS_VERSION, SET_SCHEMA, SetWriter
 from maskrcnn_core.augment import Annotations
 from schemas.errors import UsageError
 
@@ -105,6 +105,8 @@ class TrainingSet:
         self.path = path
         try:
             self._reader = pa.ipc.open_file(pa.memory_map(str(path)))
+            if not self._reader.schema.equals(SET_SCHEMA):  # also a type whose values would be run
+                raise ValueError("it has other columns")
             last = self._reader.get_batch_with_custom_metadata(self._reader.num_record_batches - 1)
             metadata: Mapping[bytes, bytes] = last.custom_metadata or {}
             facts = json.loads(metadata[FACTS_KEY])

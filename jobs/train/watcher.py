@@ -20,6 +20,7 @@ from rich.padding import Padding
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
+from jobs.terminal_table import printable
 from jobs.train.metrics import EvalMetrics, StepMetrics
 
 LINES_INTERVAL_S = 10.0
@@ -125,7 +126,7 @@ class TerminalWatcher:
         self.note(evaluation_line(metrics))
 
     def note(self, text: str) -> None:
-        self._console.print(text, highlight=False, markup=False)
+        self._console.print(printable(text), highlight=False, markup=False)
 
     def ended(self, status: str) -> None:
         self._live.stop()

@@ -22,6 +22,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from cluster.ray_settings import RAY_SETTINGS
 from tests.chaos.harness import CREDENTIALS, ROOT
 
 SHARED_MEMORY_BYTES = 400_000_000
@@ -120,7 +121,7 @@ class Network:
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN": "0123456789abcdef" * 4,
             "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
-            "RAY_USAGE_STATS_ENABLED": "0",
+            **RAY_SETTINGS,
             # A lost node is given up after some seconds, not half a minute.
             "RAY_health_check_initial_delay_ms": "2000",
             "RAY_health_check_period_ms": "1000",

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -73,28 +74,37 @@ class Site:
         while not happened():
             assert run.poll() is None, self.head.log()
             assert time.monotonic() < deadline, self.head.log()
-            time.sleep(0.2)
+            time.sleep(1)
 
-    def summary(self, run: subprocess.Popen[bytes]) -> dict[str, Any]:
+    def summary(self, run: subprocess.Popen[bytes], prefix: str = "{") -> dict[str, Any]:
         """What the head's newest command printed at its end; it must have gone well."""
         assert run.wait(JOB_TIMEOUT_S) == 0, self.head.log()
-        summary: dict[str, Any] = json.loads(self.head.log().splitlines()[-1])
+        lines = [line for line in self.head.log().splitlines() if line.startswith(prefix)]
+        summary: dict[str, Any] = json.loads(lines[-1])
         return summary
 
 
-@pytest.fixture
-def site() -> Iterator[Site]:
+@contextmanager
+def open_site(bucket_name: str, env: Mapping[str, str]) -> Iterator[Site]:
+    """Object storage with an empty bucket, and a head. env: of every machine."""
     with network() as net:
+        net.env.update(env)
         store = net.add("store")
         store.boot([sys.executable, "-m", "moto.server", "-H", store.address, "-p", str(STORE_PORT)])
         server = S3Server("moto", f"http://{store.address}:{STORE_PORT}")
         net.env["AWS_ENDPOINT_URL"] = server.endpoint_url
         client = server.client()
-        bucket = S3Bucket("lake", server, client)
+        bucket = S3Bucket(bucket_name, server, client)
         _until_it_answers(lambda: client.create_bucket(Bucket=bucket.name))
         head = net.add("head")
         start_ray(head, None, cpus=0)
         yield Site(net, store, head, bucket, Storage(StorageSpec(endpoint_url=server.endpoint_url)))
+
+
+@pytest.fixture
+def site() -> Iterator[Site]:
+    with open_site("lake", {}) as opened:
+        yield opened
 
 
 def _until_it_answers(ask: Callable[[], object]) -> None:
@@ -123,16 +133,15 @@ def test_labelling_goes_on_when_machines_are_cut_off_lose_power_and_come(
 
     run = site.masklake(*job.argv())
     site.wait_for(lambda: len(site.table(lake).rows) >= 4, run)
-    site.add("second-gpu", cpus=1, **{GPU: 1})  # one that comes midway
     site.others["first-gpu"].lose_power()
-    before = len(site.table(lake).rows)
-    site.wait_for(lambda: len(site.table(lake).rows) >= before + 4, run)
-    reader.cut_off()
+    site.add("second-gpu", cpus=1, **{GPU: 1})
     site.add("second-reader", cpus=2)
+    reader.cut_off()
+    began = time.monotonic()
     summary = site.summary(run)
+    assert time.monotonic() - began < 240, "it stood still"
     assert summary["status"] == "done"
     assert reference.verdict(site.table(lake), images) == []
-    assert len(summary["images_by_node"]) == 2  # before and after the power went
 
     # The same lake, labelled again for what changed since.
     gone, *_ = site.bucket.list_keys("images/")
