@@ -4,6 +4,7 @@ A URI may be in any storage we read; one without a scheme counts from the list's
 as it stands in the list.
 """
 
+import re
 from collections.abc import Iterator
 from itertools import islice
 
@@ -17,6 +18,10 @@ from jobs.lake.storage import ObjectInfo, Storage
 from schemas.errors import UsageError
 
 URI_COLUMN = "uri"
+# user:password@host, host:port, and what signed URLs of S3, Google and Azure have.
+_SECRETS = re.compile(
+    r"^[a-z0-9+.-]+://[^/]*[@:]|[?&](x-amz-[a-z]+|x-goog-[a-z]+|signature|sig)=", re.IGNORECASE
+)
 
 
 def list_slices(info: ObjectInfo, storage: Storage, slice_images: int) -> Iterator[Shard]:
@@ -74,5 +79,10 @@ def _texts(batches: Iterator[pa.RecordBatch], info: ObjectInfo) -> Iterator[str]
         for uri in batch.column(0).to_pylist():
             if not isinstance(uri, str) or not uri.strip():
                 raise UsageError(f"list {info.uri}: row {row} has no URI ({uri!r}); remove the row")
+            if _SECRETS.search(uri):
+                raise UsageError(
+                    f"list {info.uri}: row {row} holds credentials or a signature, which would stand in the "
+                    "label table as the image's id; name bucket and key alone"
+                )
             row += 1
             yield uri

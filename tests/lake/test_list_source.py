@@ -102,3 +102,28 @@ def test_a_list_that_is_not_utf_8_is_refused_in_one_line(storage: Storage, tmp_p
     with pytest.raises(UsageError, match="UTF8") as refusal:
         list(list_shards(SourceSpec(uri=str(tmp_path / "list.csv")), storage))
     assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "https://ada:pa55word@photos.example/1.jpg",
+        "s3://AKIA0:wJal/rXUt@bucket/1.jpg",
+        "https://bucket.s3.amazonaws.com/1.jpg?X-Amz-Signature=pa55word",
+        "https://blob.example/1.jpg?sv=2026&sig=pa55word",
+    ],
+)
+def test_a_secret_in_a_list_is_refused_before_it_becomes_an_image_id(
+    storage: Storage, tmp_path: Path, uri: str
+) -> None:
+    write_list(tmp_path / "list.csv", ["1.jpg", uri])
+    with pytest.raises(UsageError, match="row 1 holds credentials or a signature") as refused:
+        list(list_shards(SourceSpec(uri=str(tmp_path / "list.csv")), storage))
+    assert "pa55word" not in str(refused.value)
+
+
+def test_names_that_look_a_little_like_secrets_are_names(storage: Storage, tmp_path: Path) -> None:
+    uris = ["a@b:c.jpg", "s3://bucket/2026@12:30.jpg", "folder/big?size=9.jpg"]
+    write_list(tmp_path / "list.csv", uris)
+    (shard,) = list_shards(SourceSpec(uri=str(tmp_path / "list.csv")), storage)
+    assert [image_id for image_id, _ in shard.objects] == uris
