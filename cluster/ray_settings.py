@@ -5,7 +5,7 @@ from typing import Final
 RAY_SETTINGS: Final = {
     "RAY_USAGE_STATS_ENABLED": "0",
     # A node that loses its power says nothing, and Ray asks a silent connection after 5 minutes, for 2 more:
-    # so long runs stood still in tests/chaos/test_separate_machines.py. Its servers take questions this often.
+    # that is how long runs stood still in tests/chaos. Its servers take questions this often.
     "RAY_grpc_client_keepalive_time_ms": "20000",
     "RAY_grpc_client_keepalive_timeout_ms": "20000",
 }

@@ -11,10 +11,11 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final, Protocol
+from typing import Final, Protocol
 
 import ray
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from cluster.beside_driver import start_beside_driver
 
 DEATHS_TO_BLAME: Final = 2
 """Processes that died with an image in the network before it is left alone."""
@@ -77,12 +78,7 @@ class SharedAttempts:
     """
 
     def __init__(self) -> None:
-        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-        self._log: Any = (
-            ray.remote(AttemptLog)
-            .options(num_cpus=0, max_restarts=-1, max_task_retries=-1, scheduling_strategy=here)
-            .remote()
-        )
+        self._log = start_beside_driver(AttemptLog)
         self._is_first_attempt = True
 
     def begin(self, unit_id: str) -> Past:

@@ -16,8 +16,8 @@ from typing import Any, Final
 
 import ray
 from ray.exceptions import RayError
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from cluster.beside_driver import start_beside_driver
 from jobs.train.metrics import EvalMetrics, StepMetrics
 from jobs.train.watcher import TrainWatcher
 
@@ -111,12 +111,7 @@ class Mailbox:
     """The driver's side. Its actor takes no CPU, stays on the driver's node, and ends with close()."""
 
     def __init__(self) -> None:
-        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-        self._box: Any = (
-            ray.remote(LetterBox)
-            .options(num_cpus=0, max_restarts=-1, max_task_retries=-1, scheduling_strategy=here)
-            .remote()
-        )
+        self._box = start_beside_driver(LetterBox)
 
     def sender(self) -> Sender:
         return Sender(self._box)
