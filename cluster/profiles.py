@@ -47,7 +47,7 @@ class PoolPlan:
     Attributes:
         min_actors, max_actors: bounds of the pool; Ray Data scales between them. None: as many as find room,
             for where actors want GPUs those are what they run out of, and nodes that join bring more.
-        actors: that find room now; the pool begins with so many, instead of growing one by one.
+        room: actors that fit now, at most max_actors; 0 where the cluster has yet to grow.
         gpus_per_actor, cpus_per_actor, resources: what Ray books for an actor.
         torch_threads: what an actor's PyTorch and decoding may really use.
         tasks_in_flight: units sent to an actor before it returned the first.
@@ -57,7 +57,7 @@ class PoolPlan:
 
     min_actors: int
     max_actors: int | None
-    actors: int
+    room: int
     gpus_per_actor: float
     cpus_per_actor: float
     resources: Mapping[str, float]
@@ -66,6 +66,11 @@ class PoolPlan:
     read_cpus: float
     write_cpus: float
     max_images: int
+
+    @property
+    def actors(self) -> int:
+        """That the pool begins with, instead of growing one by one."""
+        return max(self.min_actors, self.room)
 
 
 def actor_profile(
@@ -95,15 +100,15 @@ def actor_profile(
         raise UsageError(_no_room(nodes, {"CPU": cpus, "GPU": gpus, **pool.resources}, room, pool.min_actors))
     # Actors that want CPUs alone could take the one that stays free, once a pool may outgrow its room.
     max_actors = room if wanted is None and gpus == 0 else wanted
-    actors = max(pool.min_actors, room if max_actors is None else min(room, max_actors))
+    room = room if max_actors is None else min(room, max_actors)
     return PoolPlan(
         min_actors=pool.min_actors,
         max_actors=max_actors,
-        actors=actors,
+        room=room,
         gpus_per_actor=gpus,
         cpus_per_actor=cpus,
         resources=pool.resources,
-        torch_threads=_threads(nodes, pool, cpus, gpus, max_actors or actors),
+        torch_threads=_threads(nodes, pool, cpus, gpus, max_actors or max(pool.min_actors, room)),
         tasks_in_flight=TASKS_IN_FLIGHT,
         read_cpus=READ_CPUS,
         write_cpus=WRITE_CPUS,

@@ -18,6 +18,7 @@ from cluster.kubernetes.cron_job import cron_job_manifests, ray_cron_job_manifes
 from cluster.kubernetes.kueue import queue_manifests
 from cluster.kubernetes.ray_job import JOBS, ray_job_manifests
 from cluster.kubernetes.yaml_text import Manifest, to_yaml
+from cluster.monitoring.files import monitoring_files
 from cluster.schedule.cron import CronSchedule
 
 FOLDER = Path(__file__).parent / "manifests"
@@ -27,7 +28,8 @@ _NIGHTLY = CronSchedule("0 2 * * *", "Europe/Berlin")
 
 def rendered() -> dict[str, str]:
     """Every file's content, by its path below FOLDER."""
-    return {**_kubernetes(), **_queue(), **_ray_up(), **_aws_iam(), **_gcp_iam()}
+    monitoring = monitoring_files(examples.NAMESPACE, {"release": "prometheus"}, _HEADER)
+    return {**_kubernetes(), **_queue(), **_ray_up(), **_aws_iam(), **_gcp_iam(), **monitoring}
 
 
 def main(folder: Path = FOLDER) -> None:

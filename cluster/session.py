@@ -5,8 +5,10 @@ Enters: an address, or none. Leaves: a ClusterInfo, or a UsageError in one line.
 
 import logging
 import os
+import signal
 import socket
 import sys
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +19,7 @@ from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR
 from ray._private.services import resolve_ip_for_localhost
 from ray.exceptions import AuthenticationError
 
+from cluster.ray_settings import RAY_SETTINGS
 from schemas.errors import UsageError
 
 _PROBE_TIMEOUT_S = 5.0
@@ -71,11 +74,12 @@ def connect(address: str | None = None, num_cpus: int | None = None) -> ClusterI
     if not ray.is_initialized():
         target = cluster_address(address)
         _quiet_environment()
-        if target is None:
-            _start_local(num_cpus)
-            started_here = True
-        else:
-            _join(target)
+        with _sigterm_kept():
+            if target is None:
+                _start_local(num_cpus)
+                started_here = True
+            else:
+                _join(target)
         _open_connects = 1
     elif _open_connects:
         _open_connects += 1
@@ -108,7 +112,8 @@ def shutdown() -> None:
 
 def _quiet_environment() -> None:
     """Settings that Ray reads from the environment alone; what the user has set stays."""
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    for name, value in RAY_SETTINGS.items():
+        os.environ.setdefault(name, value)
     # An actor without a GPU keeps the devices it sees; unset, Ray warns in each worker that this will change.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     # Ray Data makes its actor pools in a way for which Ray's C++ logs an error in every run.
@@ -158,7 +163,7 @@ def _probe(address: str) -> None:
     if "://" in address:
         raise UsageError(
             f"{address} is not the HOST:PORT of a cluster's head; to run there from outside use "
-            f"`ray job submit --address {address} -- python -m jobs.infer job.yaml`"
+            f"`masklake submit infer job.yaml --address {address}`"
         )
     if not host or not port.isdecimal() or not 0 < int(port) < 65536:
         raise UsageError(
@@ -173,6 +178,17 @@ def _probe(address: str) -> None:
             f"no Ray cluster answers at {asked}:{port}: {error.strerror or error}; give another --address or "
             "RAY_ADDRESS, or neither to run on this machine"
         ) from None
+
+
+@contextmanager
+def _sigterm_kept() -> Iterator[None]:
+    """Ray sets a handler of its own, which exits with status 15; one that is set already stays."""
+    previous = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        if callable(previous) and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, previous)
 
 
 @contextmanager

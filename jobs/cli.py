@@ -12,14 +12,18 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from pydantic import ValidationError
 
 from jobs.care.cli import app as lake_commands
+from jobs.command_options import Endpoint, Json
 from jobs.export.cli import app as model_commands
 from jobs.relabel.diff_command import diff
 from jobs.relabel.relabel_commands import plan, relabel
 from jobs.relabel.schedule_command import schedule
 from jobs.relabel.view_commands import app as view_commands
-from schemas.errors import MasklakeError
+from jobs.submit.commands import app as job_commands
+from jobs.submit.commands import submit
+from schemas.errors import MasklakeError, UsageError
 from schemas.labels import ErrorKind
 from schemas.spec_loader import SPECS, json_schema, load_spec
 from schemas.specs import InferSpec, SourceSpec, StorageSpec
@@ -39,13 +43,11 @@ app.command()(plan)
 app.command()(diff)
 app.command()(schedule)
 app.add_typer(view_commands)
+app.command()(submit)
+app.add_typer(job_commands)
 
 Overrides = Annotated[
     list[str], typer.Option("--set", help="override one setting of the spec: --set pool.batch_size=16")
-]
-Endpoint = Annotated[str | None, typer.Option(help="S3 endpoint; else the environment's AWS_ENDPOINT_URL")]
-Json = Annotated[
-    bool, typer.Option("--json", help="print the result as one JSON object, the last line of stdout")
 ]
 
 
@@ -152,6 +154,8 @@ def evaluate(
     lake: Annotated[str, typer.Option(help="where the tables are")],
     annotations: Annotated[str, typer.Option(help="COCO instances JSON with the ground truth")],
     model_id: Annotated[str | None, typer.Option(help="needed where several models have labelled")] = None,
+    source: Annotated[str | None, typer.Option(help="only this source's labels")] = None,
+    version: Annotated[int | None, typer.Option(min=0, help="as of this version of the label table")] = None,
     endpoint_url: Endpoint = None,
     as_json: Json = False,
 ) -> None:
@@ -159,7 +163,8 @@ def evaluate(
     from jobs.evaluate.run import run_evaluate
     from jobs.lake.storage import Storage
 
-    result = run_evaluate(lake, annotations, model_id, Storage(StorageSpec(endpoint_url=endpoint_url)))
+    storage = Storage(StorageSpec(endpoint_url=endpoint_url))
+    result = run_evaluate(lake, annotations, model_id, storage, source, version)
     if as_json:
         print(result.to_json())
         return
@@ -226,6 +231,11 @@ def main() -> None:
     except MasklakeError as error:
         print(f"masklake: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
+    except ValidationError as error:  # of a flag that is a spec's setting too; its own text quotes the value
+        details = error.errors(include_url=False, include_input=False)
+        said = "; ".join(f"{d['loc'][-1]} {d.get('ctx', {}).get('error', d['msg'])}" for d in details)
+        print(f"masklake: {said}", file=sys.stderr)
+        sys.exit(UsageError.exit_code)
 
 
 if __name__ == "__main__":

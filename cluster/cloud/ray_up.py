@@ -38,9 +38,13 @@ _STOP = "ray stop"
 # A head without CPUs takes no tasks.
 _START_HEAD = (
     "ray start --head --port=6379 --num-cpus=0 --num-gpus=0 --dashboard-host=127.0.0.1 --dashboard-port=8265 "
-    "--autoscaling-config=~/ray_bootstrap_config.yaml"
+    "--metrics-export-port=8080 --autoscaling-config=~/ray_bootstrap_config.yaml"
 )
-_START_WORKER = "ray start --address=$RAY_HEAD_IP:6379"
+_START_WORKER = "ray start --address=$RAY_HEAD_IP:6379 --metrics-export-port=8080"
+# Beside Ray on each worker: hears that the machine is to be taken away, and drains it.
+_WATCH_SPOT = (
+    "nohup python -m cluster.spot_watch {cloud} --address=$RAY_HEAD_IP:6379 > /tmp/spot_watch.log 2>&1 &"
+)
 
 
 @dataclass(frozen=True)
@@ -122,7 +126,7 @@ def ray_up_config(
         "head_setup_commands": [],
         "worker_setup_commands": [],
         "head_start_ray_commands": [_STOP, _START_HEAD],
-        "worker_start_ray_commands": [_STOP, _START_WORKER],
+        "worker_start_ray_commands": [_STOP, _START_WORKER, _WATCH_SPOT.format(cloud=provider["type"])],
     }
 
 

@@ -21,6 +21,7 @@ import pyarrow as pa
 
 from jobs.infer.attempts import DEATHS_TO_BLAME, AttemptLog, Attempts
 from jobs.infer.decoders import DECODE_TIMEOUT_S, Decoded, DecoderPool, Limits, Pixels
+from jobs.infer.metrics import ActorMetrics
 from jobs.infer.rows import Failure, Lineage, label_rows
 from jobs.infer.units import LABELLED_SCHEMA, UnitReport, images_of, table_to_bytes
 from jobs.lake import failpoints
@@ -86,6 +87,7 @@ class Labeler:
         self._lineage = lineage
         self._node = node
         self._attempts = attempts or AttemptLog()
+        self._metrics = ActorMetrics()
         self._window = replica.window
         self._decoders = DecoderPool(replica.threads, Limits(timeout_s=replica.decode_timeout_s))
 
@@ -102,6 +104,7 @@ class Labeler:
         rows = label_rows(images, outcomes, self._lineage, datetime.now(UTC))
         report.node = self._node
         report.label_s = time.perf_counter() - started
+        self._metrics.labelled(report.label_s)
         report.num_detections = sum(len(o.rles) for o in outcomes if isinstance(o, Detections))
         report.count_failures(rows["error_kind"].to_pylist())
         return pa.table(
@@ -174,7 +177,8 @@ class Labeler:
             self._attempts.note(unit_id, [image_ids[index] for index in group])
             for index in group:
                 failpoints.reach("label_image", image_ids[index])
-            found = self._predict([pixels[index] for index in group])
+            with self._metrics.in_network():
+                found = self._predict([pixels[index] for index in group])
             for index, outcome in zip(group, found, strict=True):
                 outcomes[index] = outcome
         return [outcome for outcome in outcomes if outcome is not None]

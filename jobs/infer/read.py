@@ -11,6 +11,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from jobs.infer.metrics import count_read
 from jobs.infer.units import UnitReport, read_row
 from jobs.lake.plan import ShardTask
 from jobs.lake.shards import SourceImage, content_hash
@@ -94,6 +95,7 @@ class UnitReader:
                     encoded_bytes=sum(len(image.data or b"") for image in images),
                     read_s=time.perf_counter() - started,
                 )
+                count_read(report.encoded_bytes)
                 # Unique within the run: a shard is one task, and its image_ids are unique.
                 yield read_row(f"{shard.name}#{ordinal:06d}:{images[0].image_id}", report, images)
                 del images  # before the next ones are read: a unit is 64 MB

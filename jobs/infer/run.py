@@ -24,10 +24,12 @@ from ray.exceptions import RayError
 
 from cluster.profiles import PoolPlan, actor_profile
 from cluster.session import ClusterInfo, connect, shutdown
+from cluster.stop_wish import stoppable
 from jobs.infer.books import Books
 from jobs.infer.job import Job, plan, prepare
 from jobs.infer.label import Replica
 from jobs.infer.merge import merge_on_ray
+from jobs.infer.metrics import RunMetrics
 from jobs.infer.pipeline import Pipeline, run_pipeline
 from jobs.infer.progress import Watcher
 from jobs.infer.read import Tasks
@@ -78,6 +80,7 @@ class Limits:
 NO_LIMITS = Limits()
 
 
+@stoppable()
 def run_infer(spec: InferSpec, watcher: Watcher) -> Summary:
     """Label what is missing.
 
@@ -188,12 +191,14 @@ class _Run:
     hear: Callable[[UnitReport], None]
     is_limited: bool = False
     stop: _Stop = field(default_factory=lambda: _Stop())
+    metrics: RunMetrics = field(default_factory=RunMetrics)
 
     def work(self, tasks: Tasks) -> None:
         """Run the pipeline over the tasks, committing as it goes and once at the end."""
         cluster = connect()
         try:
-            self._work_on(cluster, tasks)
+            with self.metrics.running(self.job, InterruptedRunError):
+                self._work_on(cluster, tasks)
         finally:
             shutdown()
 
@@ -226,6 +231,7 @@ class _Run:
                     if self.books.take(unit.report, unit.fragment):
                         self.summary.add(unit.report)
                         self.hear(unit.report)
+                        self.metrics.took(self.summary)
                     if self.committer.due():
                         self._commit()
                     if self._is_over_budget(MIN_IMAGES_FOR_SHARE):
@@ -280,7 +286,14 @@ class _Run:
         if self.job.device == "cpu":
             self.watcher.note(f"no GPU: labelling on {cluster.num_cpus:g} CPU cores in {self.job.precision}.")
         spec = self.job.spec
-        return actor_profile(cluster.nodes, spec.pool, self.job.preset, spec.unit.max_images)
+        pool = actor_profile(cluster.nodes, spec.pool, self.job.preset, spec.unit.max_images)
+        if not pool.room:
+            self.watcher.note(
+                f"no node has room for an actor of {pool.cpus_per_actor:g} CPUs and {pool.gpus_per_actor:g} "
+                "GPUs now: waiting for nodes that join. Without an autoscaler that is for ever: stop it, "
+                "and lower pool.cpus_per_actor or pool.gpus_per_actor."
+            )
+        return pool
 
     def _commit(self) -> None:
         """Commit whole: cut in two by a signal, it would take its own commit for another run's."""
@@ -303,6 +316,7 @@ class _Run:
             self.summary.committed_images = (
                 self.committer.num_committed_ok + self.committer.num_committed_failed
             )
+            self.metrics.committed(self.summary)
 
     def _is_over_budget(self, min_images: int) -> bool:
         budget, summary = self.job.spec.failures.budget, self.summary

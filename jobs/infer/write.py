@@ -8,6 +8,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from jobs.infer.metrics import count_written
 from jobs.infer.units import WRITTEN_SCHEMA, UnitReport, table_from_bytes
 from jobs.lake.fragments import write_fragment
 from jobs.lake.storage import Storage
@@ -36,6 +37,7 @@ class FragmentWriter:
             try:
                 written = write_fragment(rows, [unit_id], self._lake_uri, self._model_id, self._storage)
                 fragment = json.dumps(written.to_row())
+                count_written(written.size_bytes)
             except StorageError as error:
                 report.write_error = str(error)
         report.write_s = time.perf_counter() - started

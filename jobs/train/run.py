@@ -18,10 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import ray.train
-from ray.train.torch import TorchConfig, TorchTrainer, get_device
+from ray.train.torch import TorchTrainer, get_device
 from ray.train.v2.api.config import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 
 from cluster.session import connect, shutdown
+from cluster.stop_wish import stoppable
 from cluster.train_profiles import TrainPlan, train_plan
 from jobs.lake.lease import Lease
 from jobs.lake.models import read_checkpoint_bytes
@@ -32,7 +33,9 @@ from jobs.train.data_files import DataFile, fetch_data_file
 from jobs.train.image_locations import ImageReader
 from jobs.train.mailbox import Mailbox, Sender
 from jobs.train.metrics import EvalMetrics, StepMetrics
+from jobs.train.metrics_export import MetricsExport
 from jobs.train.metrics_log import MetricsLog, read_history
+from jobs.train.own_address import OwnAddressConfig
 from jobs.train.recipe import Recipe, make_recipe
 from jobs.train.report import DataFacts, RunFacts, write_report
 from jobs.train.run_record import RunRecord, new_run_id, read_record
@@ -53,6 +56,10 @@ _COLLECTIVE_TIMEOUT_S = 1800
 
 class TrainingFailedError(MasklakeError):
     """Training ended before its last step; checkpoints stay, the same command goes on from the newest."""
+
+
+class TrainingInterruptedError(TrainingFailedError):
+    """The run was asked to stop."""
 
 
 @dataclass
@@ -78,6 +85,7 @@ class TrainSummary:
         return json.dumps(asdict(self))
 
 
+@stoppable()
 def run_train(spec: TrainSpec, watcher: TrainWatcher, log_every_s: float = 1.0) -> TrainSummary:
     """Train, or go on.
 
@@ -106,7 +114,8 @@ def run_train(spec: TrainSpec, watcher: TrainWatcher, log_every_s: float = 1.0) 
             driver.work()
             summary.status = "done"
         except BaseException as error:
-            summary.status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
+            is_asked = isinstance(error, (KeyboardInterrupt, TrainingInterruptedError))
+            summary.status = "interrupted" if is_asked else "failed"
             summary.error = str(error) or type(error).__name__
             raise
         finally:
@@ -152,7 +161,9 @@ class _Driver:
         settings = self._settings()
         trackers = open_trackers(self.spec.trackers, self.out_uri, self.record.run_id, settings, self.storage)
         outcome = _Outcome(self.summary)
-        group = WatcherGroup(self.watcher, [outcome, MetricsLog(self.out_uri, self.storage), *trackers])
+        export = MetricsExport(self.record.run_id, self.record.name, self.recipe.total_batch)
+        log = MetricsLog(self.out_uri, self.storage)
+        group = WatcherGroup(self.watcher, [outcome, log, export, *trackers])
         cluster = connect()
         try:
             plan = train_plan(cluster, self.spec)
@@ -171,9 +182,11 @@ class _Driver:
                     failure = self._fit(plan, mailbox.sender())
             finally:
                 mailbox.close()
+            if failure is not None:
+                group.ended("failed")
         except KeyboardInterrupt:
             group.ended("interrupted")
-            raise TrainingFailedError(
+            raise TrainingInterruptedError(
                 f"stopped at step {self.summary.steps}; run the same command again to go on."
             ) from None
         except BaseException:
@@ -207,7 +220,7 @@ class _Driver:
             trainer = TorchTrainer(
                 _train_on_ray,
                 train_loop_config={"job": job, "sender": sender},
-                torch_config=TorchConfig(timeout_s=_COLLECTIVE_TIMEOUT_S),
+                torch_config=OwnAddressConfig(timeout_s=_COLLECTIVE_TIMEOUT_S),
                 scaling_config=ScalingConfig(
                     num_workers=workers,
                     use_gpu=plan.use_gpu,

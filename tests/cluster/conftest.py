@@ -18,6 +18,8 @@ _DEFINITIONS = {
     "ConfigMap": "api.core.v1.ConfigMap",
     "CronJob": "api.batch.v1.CronJob",
     "LocalQueue": "kueue.v1beta2.LocalQueue",
+    "PodMonitor": "monitoring.v1.PodMonitor",
+    "PrometheusRule": "monitoring.v1.PrometheusRule",
     "RayCronJob": "ray.v1.RayCronJob",
     "RayJob": "ray.v1.RayJob",
     "ResourceFlavor": "kueue.v1beta2.ResourceFlavor",
@@ -32,7 +34,7 @@ def problems() -> Callable[[dict[str, Any]], list[str]]:
     """Says what its API's schema finds in a manifest; nothing is an empty list."""
     jsonschema = importlib.import_module("jsonschema")
     schemas: dict[str, Any] = json.loads((_DATA / "kubernetes.json").read_text())["$defs"]
-    for name in ("kuberay.yaml", "kueue.yaml"):
+    for name in ("kuberay.yaml", "kueue.yaml", "prometheus_operator.yaml"):
         read = yaml.load((_DATA / name).read_text(), yaml.CSafeLoader)
         schemas |= {key: _closed(schema) for key, schema in read.items()}
     checks = {

@@ -13,10 +13,12 @@ import yaml
 from cluster.render import FOLDER, main, rendered
 
 FILES = rendered()
+# Not Kubernetes': what `ray up` reads, and Prometheus itself.
+_OTHERS = ("ray-up/", "monitoring/alerts.yaml")
 MANIFESTS = [
     (name, manifest)
     for name, text in FILES.items()
-    if name.endswith(".yaml") and not name.startswith("ray-up/")
+    if name.endswith(".yaml") and not name.startswith(_OTHERS)
     for manifest in yaml.load_all(text, yaml.CSafeLoader)
 ]
 

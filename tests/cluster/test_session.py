@@ -23,7 +23,7 @@ def unconnected(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_local_cluster_has_the_cpus_asked_for_and_ends_with_us(local_ray: ClusterInfo) -> None:
-    assert (local_ray.num_cpus, local_ray.num_nodes, local_ray.node_cpus) == (2, 1, (2,))
+    assert (local_ray.num_cpus, len(local_ray.nodes), local_ray.most_node_cpus) == (2, 1, 2)
     assert local_ray.started_here
 
 
@@ -130,7 +130,7 @@ def test_a_missing_token_is_refused_in_one_line(head: tuple[str, dict[str, str]]
         ("10.0.0.5:99999", "10.0.0.5:99999 is not the address of a Ray cluster"),
         (
             "http://head:8265",
-            "use `ray job submit --address http://head:8265 -- python -m jobs.infer job.yaml`",
+            "use `masklake submit infer job.yaml --address http://head:8265`",
         ),
         ("ray://head:10001", "ray://head:10001 is not the HOST:PORT of a cluster's head"),
     ],

@@ -1,10 +1,12 @@
-"""The same job on a running cluster: submitted through Ray's Jobs API with a token, over three raylets."""
+"""The same commands on a running cluster: through Ray's Jobs API, with a token, over three raylets."""
 
 from __future__ import annotations
 
 import io
 import json
 import os
+import re
+import signal
 import subprocess
 import sys
 import time
@@ -14,10 +16,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from PIL import Image
 
+from jobs.demo.lake import write_scene_lake
 from jobs.lake.labels_table import LabelsTable
 from jobs.lake.storage import Storage
+from jobs.submit.request import MAX_SPEC_BYTES, checked_spec, make_request
 from schemas.specs import StorageSpec
 from tests.integration.conftest import free_ports
 
@@ -48,6 +53,9 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningCluster
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
         "PYTHONPATH": str(ROOT),
+        "PATH": f"{BIN}:{os.environ['PATH']}",
+        # The raylets share this machine's disk; a submitted job reads no disk that it was not allowed.
+        "MASKLAKE_ALLOWED_URIS": f"file://{tmp_path_factory.getbasetemp()}/",
     }
     env.pop("RAY_ADDRESS", None)
     common = ["--num-cpus=2", "--object-store-memory=200000000", "--node-ip-address=127.0.0.1", "--block"]
@@ -96,9 +104,9 @@ def spec_file(folder: Path, num_images: int) -> Path:
     path = folder / "job.yaml"
     path.write_text(
         f"""
-source: {{uri: {folder}/images}}
+source: {{uri: file://{folder}/images}}
 model: {{uri: demo}}
-lake: {{uri: {folder}/lake}}
+lake: {{uri: file://{folder}/lake}}
 unit: {{max_images: 1}}
 pool: {{min_actors: {NUM_RAYLETS}, max_actors: {NUM_RAYLETS}, cpus_per_actor: 1}}
 """
@@ -106,37 +114,150 @@ pool: {{min_actors: {NUM_RAYLETS}, max_actors: {NUM_RAYLETS}, cpus_per_actor: 1}
     return path
 
 
-def submit(
-    cluster: RunningCluster, env: dict[str, str], *entrypoint: str
-) -> subprocess.CompletedProcess[str]:
-    """`ray job submit`, again until the head's job agent has come up: it does seconds after the dashboard."""
-    command = [str(BIN / "ray"), "job", "submit", "--address", cluster.dashboard, "--", *entrypoint]
-    deadline = time.monotonic() + 60
-    while True:
-        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=240)
-        if "No available agent" not in done.stderr or time.monotonic() > deadline:
-            return done
-        time.sleep(1)
+def masklake(cluster: RunningCluster, *words: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    """A command of ours, told where the cluster is."""
+    env = {**cluster.env, "RAY_API_SERVER_ADDRESS": cluster.dashboard, **variables}
+    return subprocess.run(
+        [str(BIN / "masklake"), *words], env=env, capture_output=True, text=True, timeout=600
+    )
+
+
+def image_ids(folder: Path) -> list[str]:
+    table = LabelsTable.open(str(folder / "lake"), Storage(StorageSpec())).dataset().to_table()
+    return [str(name) for name in table["image_id"].to_pylist()]
 
 
 def test_a_submitted_job_runs_over_all_raylets_and_commits_every_image(
     cluster: RunningCluster, tmp_path: Path
 ) -> None:
     job = spec_file(tmp_path, num_images=12)
-    submitted = submit(cluster, cluster.env, sys.executable, "-m", "jobs.infer", str(job), "--json")
+    submitted = masklake(cluster, "submit", "infer", str(job), "--follow", "--json")
     assert submitted.returncode == 0, submitted.stdout + submitted.stderr
     (record,) = (tmp_path / "lake" / "runs").glob("*/summary.json")
     summary = json.loads(record.read_text())
     assert (summary["status"], summary["images"], summary["ok"]) == ("done", 12, 12)
     assert len(summary["images_by_node"]) == NUM_RAYLETS
-    table = LabelsTable.open(str(tmp_path / "lake"), Storage(StorageSpec())).dataset().to_table()
-    assert len(set(table["image_id"].to_pylist())) == len(table) == 12
-    assert f'"run_id": "{summary["run_id"]}"' in submitted.stdout
+    assert len(set(image_ids(tmp_path))) == len(image_ids(tmp_path)) == 12
+    *log, outcome = submitted.stdout.splitlines()
+    assert any(line.startswith('{"shards": ') for line in log)
+    assert any(f'"run_id": "{summary["run_id"]}"' in line for line in log)
+    assert json.loads(outcome)["summary"]["run_id"] == summary["run_id"]
 
 
 def test_without_its_token_the_cluster_takes_no_job(cluster: RunningCluster) -> None:
-    env = {key: value for key, value in cluster.env.items() if not key.startswith("RAY_AUTH")}
-    stranger = {**env, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "f" * 64}
-    refused = submit(cluster, stranger, "true")
-    assert refused.returncode != 0
-    assert "token" in (refused.stdout + refused.stderr).lower()
+    refused = masklake(cluster, "jobs", "list", RAY_AUTH_TOKEN="f" * 64)
+    assert refused.returncode == 2
+    assert "takes another token than ours. Set RAY_AUTH_MODE=token" in refused.stderr
+    open_door = masklake(cluster, "jobs", "list", RAY_AUTH_MODE="disabled")
+    assert open_door.returncode == 2
+    assert "wants a token" in open_door.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_ctrl_c_commits_what_was_finished_and_the_next_run_goes_on(
+    cluster: RunningCluster, tmp_path: Path
+) -> None:
+    job = spec_file(tmp_path, num_images=100)
+    settings = ["--set", "pool.min_actors=1", "--set", "commit.every_s=1000"]
+    command = [str(BIN / "masklake"), "submit", "infer", str(job), *settings, "--follow"]
+    env = {**cluster.env, "RAY_API_SERVER_ADDRESS": cluster.dashboard}
+    with subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as run:
+        assert run.stdout is not None
+        # The log says so many images at most every ten seconds; none of them is committed yet.
+        for line in run.stdout:
+            if line.startswith('{"seconds": ') and json.loads(line)["images"] > 0:
+                break
+        run.send_signal(signal.SIGINT)
+        _, notes = run.communicate(timeout=180)
+    assert run.returncode == 1
+    assert "was asked to stop: it commits what is finished and ends." in notes
+    stopped = re.search(r"masklake: stopped after (\d+) images were committed", notes.splitlines()[-1])
+    assert stopped is not None, notes
+    assert 0 < int(stopped[1]) == len(image_ids(tmp_path)) < 100
+
+    again = masklake(cluster, "submit", "infer", str(job), "--wait", "--json")
+    assert again.returncode == 0, again.stderr
+    assert json.loads(again.stdout)["summary"]["images"] == 100 - int(stopped[1])
+    assert len(set(image_ids(tmp_path))) == len(image_ids(tmp_path)) == 100
+
+
+@pytest.mark.slow
+def test_a_training_that_is_asked_to_stop_says_how_far_it_came(
+    cluster: RunningCluster, tmp_path: Path
+) -> None:
+    job = tmp_path / "train.yaml"
+    write_scene_lake(tmp_path, range(10_000_000, 10_000_012), 2)
+    scenes = f"file://{tmp_path}"
+    spec = {
+        "data": {"scenes": {"uri": f"coco:{scenes}/annotations.json", "images": f"{scenes}/images"}},
+        "model": {"uri": "lite"},
+        "out": {"uri": f"{scenes}/run"},
+        "recipe": {"name": "scenes", "steps": 100_000, "total_batch": 2, "shorter_sides": [128]},
+        "checkpoint": {"every_s": 1},
+    }
+    job.write_text(yaml.safe_dump(spec))
+    submitted = masklake(cluster, "submit", "train", str(job), "--submission-id", "train-1")
+    assert submitted.returncode == 0, submitted.stderr
+    deadline = time.monotonic() + 120
+    while not list((tmp_path / "run").glob("checkpoints/*")):
+        assert time.monotonic() < deadline, masklake(cluster, "jobs", "logs", "train-1").stdout
+        time.sleep(1)
+    asked = masklake(cluster, "jobs", "stop", "train-1")
+    assert asked.returncode == 0, asked.stderr
+    while json.loads(masklake(cluster, "jobs", "status", "train-1", "--json").stdout)["ended"] is None:
+        assert time.monotonic() < deadline + 60
+        time.sleep(1)
+    log = masklake(cluster, "jobs", "logs", "train-1").stdout
+    assert "masklake: stopped at step" in log
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["status"] == "interrupted"
+
+
+@pytest.mark.slow
+def test_what_a_cluster_cannot_do_is_said_in_one_line_with_the_drivers_exit_status(
+    cluster: RunningCluster, tmp_path: Path
+) -> None:
+    job = str(spec_file(tmp_path, num_images=1))
+
+    def failure(*settings: str) -> tuple[int, str]:
+        done = masklake(cluster, "submit", "infer", job, *settings, "--wait")
+        return done.returncode, done.stderr.splitlines()[-1]
+
+    code, line = failure("--env", "PATH=/usr/bin:/bin")
+    assert code == 127
+    assert line.startswith("masklake: the cluster's image has no masklake")
+    code, line = failure("--set", "pool.gpus_per_actor=1", "--set", "pool.max_actors=null")
+    assert code == 2
+    assert line.startswith("masklake: the cluster has 6 CPUs")
+    code, line = failure("--set", "pool.cpus_per_actor=16", "--set", "pool.max_actors=null")
+    assert code == 2
+    assert "room for 0 actors of 16 CPUs" in line
+    code, line = failure("--set", "source.uri=file:///etc")
+    assert code == 2
+    assert line.startswith("masklake: file:///etc is not allowed here")
+
+
+@pytest.mark.slow
+def test_the_longest_spec_that_is_taken_arrives(cluster: RunningCluster, tmp_path: Path) -> None:
+    spec = yaml.safe_load(spec_file(tmp_path, num_images=1).read_text())
+    spec["model"] = {"uri": "alias:nobody"}
+    job, size = tmp_path / "long.yaml", 0
+    while size < MAX_SPEC_BYTES - 2000:
+        globs = spec.setdefault("order", {"first": []})["first"]
+        globs.append(f'{len(globs)}-"ü' + "x" * 1000)
+        job.write_text(yaml.safe_dump(spec, allow_unicode=True))
+        sent = make_request("relabel", checked_spec("relabel", str(job), []), {}).env_vars["MASKLAKE_SPEC"]
+        size = len(json.dumps(sent))
+    done = masklake(cluster, "submit", "relabel", str(job), "--wait")
+    assert done.returncode == 2
+    assert "there is no alias 'nobody' in the lake" in done.stderr.splitlines()[-1]
+
+
+@pytest.mark.slow
+def test_a_job_of_others_is_left_alone_and_said_so(cluster: RunningCluster) -> None:
+    other = [str(BIN / "ray"), "job", "submit", "--no-wait", "--submission-id", "other", "--", "sleep", "60"]
+    env = {**cluster.env, "RAY_API_SERVER_ADDRESS": cluster.dashboard}
+    subprocess.run(other, env=env, check=True, capture_output=True, timeout=60)
+    refused = masklake(cluster, "jobs", "stop", "other")
+    assert refused.returncode == 2
+    assert "job other has no actor that takes wishes: it is no job of masklake" in refused.stderr

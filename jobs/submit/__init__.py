@@ -1,0 +1,1 @@
+"""`masklake submit` and `masklake jobs`: the same commands on a cluster, through Ray's Jobs API."""

@@ -1,0 +1,66 @@
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+
+import pytest
+
+from cluster.session import ClusterInfo
+from cluster.stop_wish import StoppedError, bring_wish, own_submission_id, stoppable
+
+JOB_CONFIG = "RAY_JOB_CONFIG_JSON_ENV_VAR"
+
+
+def test_a_process_that_is_no_job_has_no_submission(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(JOB_CONFIG, raising=False)
+    assert own_submission_id() is None
+    monkeypatch.setenv(JOB_CONFIG, json.dumps({"runtime_env": {}}))
+    assert own_submission_id() is None
+
+
+def test_a_driver_knows_its_submission(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = {"metadata": {"job_submission_id": "infer-1", "job_name": "infer-1"}}
+    monkeypatch.setenv(JOB_CONFIG, json.dumps(config))
+    assert own_submission_id() == "infer-1"
+
+
+def test_sigterm_ends_a_command_in_one_line_and_the_handler_of_before_is_back() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(StoppedError, match="run the same command again"), stoppable():
+        signal.raise_signal(signal.SIGTERM)
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_other_errors_go_through() -> None:
+    with pytest.raises(ZeroDivisionError), stoppable():
+        1 / 0  # noqa: B018 - it is the error that is wanted
+
+
+@pytest.mark.slow
+def test_a_wish_reaches_the_driver_and_its_actor_ends_with_it(
+    local_ray: ClusterInfo, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = f"infer-{os.getpid()}"
+    monkeypatch.setenv(JOB_CONFIG, json.dumps({"metadata": {"job_submission_id": name}}))
+    brought = 0.0
+
+    @stoppable()
+    def job() -> None:
+        nonlocal brought
+        assert bring_wish(name) is None
+        brought = time.monotonic()
+        time.sleep(30)
+
+    with pytest.raises(StoppedError):
+        job()
+    assert time.monotonic() - brought < 5
+
+
+@pytest.mark.slow
+def test_a_job_without_an_actor_cannot_be_told(
+    local_ray: ClusterInfo, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cluster.stop_wish._APPEARS_S", 0.1)
+    assert bring_wish("nobody") == "has no actor that takes wishes"
