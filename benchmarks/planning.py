@@ -78,7 +78,7 @@ def main() -> None:
                         f"{told['seconds']:.1f}",
                         f"{told['peak_mb']:.0f} MB",
                         f"{told['tasks']:,}",
-                        limit(command, images == args.images, lack),
+                        limit(command, images, lack),
                     ]
                 )
                 print(table[-1], flush=True)
@@ -91,13 +91,14 @@ def main() -> None:
     write_report("planning", "Planning at scale", ["pyarrow", "deltalake"], facts, table, args.out)
 
 
-def limit(command: str, is_largest: bool, lack: str) -> str:
-    """What the project wants of a million images, or of ten."""
-    if command == "relabel":
-        return "15 s" if lack == "added" and not is_largest else ""
-    if is_largest:
-        return "60 s, 2 GB" if lack == "hundredth" else ""
-    return "10 s" if lack == "nothing" else ""
+def limit(command: str, images: int, lack: str) -> str:
+    """What the project wants."""
+    wanted = {
+        ("infer", 10_000_000, "hundredth"): "60 s, 2 GB",
+        ("infer", 1_000_000, "nothing"): "10 s",
+        ("relabel", 1_000_000, "added"): "15 s",
+    }
+    return wanted.get((command, images, lack), "")
 
 
 def plan_apart(command: str, lake: str, form: str, images: int, lack: str) -> dict[str, float]:
