@@ -27,12 +27,12 @@ from jobs.infer.units import UnitReport
 from jobs.lake.listing import Listing
 from jobs.lake.plan import ShardTask
 from jobs.relabel.night import open_table, plan_night
-from jobs.relabel.worklist import Worklist
+from jobs.relabel.worklist import Reason, Worklist
 from schemas.relabel_spec import RelabelSpec
 
 DEFAULT_SAMPLE = 32
 # Of a run on one machine: Ray, the actors' network, the last commit; measured on two cores (docs/relabel.md).
-STARTUP_S = 25.0
+STARTUP_S = 20.0
 # What actors reach of the rate that one reaches alone, for they wait for units now and then.
 _BUSY_SHARE = 0.94
 
@@ -98,12 +98,26 @@ def run_forecast(spec: RelabelSpec, sample: int = DEFAULT_SAMPLE) -> Forecast:
     return forecast
 
 
+@dataclass(frozen=True)
+class _Sample:
+    """Of an image, on average: seconds of an actor, and encoded bytes."""
+
+    seconds: float
+    num_bytes: float
+
+
 def _forecast_pass(job: Job, work: Worklist, cluster: ClusterInfo, sample: int) -> PassForecast:
-    counts, rate = work.counts, None
-    if sample and counts.to_do:
+    counts, rate, measured = work.counts, None, None
+    if sample and work.has_tasks:
         pool = _pool(job, cluster)
-        per_image_s = _measure(job, pool, work.tasks(), sample)
-        rate = None if per_image_s is None else pool.actors * _BUSY_SHARE / per_image_s
+        measured = _measure(job, pool, work.tasks(), sample)
+        rate = None if measured is None else pool.actors * _BUSY_SHARE / measured.seconds
+    if work.has_tasks and not counts.to_do:
+        # Shards of a source of which none was read yet: by the sample's size, or at least an image each.
+        shards = [task.shard.num_bytes for task in work.tasks()]
+        images = len(shards) if measured is None else round(sum(shards) / measured.num_bytes)
+        counts.by_reason[Reason.NEW] += images
+        counts.estimated += images
     return PassForecast(
         job.model_id,
         {str(reason): count for reason, count in counts.by_reason.items()},
@@ -115,8 +129,8 @@ def _forecast_pass(job: Job, work: Worklist, cluster: ClusterInfo, sample: int) 
     )
 
 
-def _measure(job: Job, pool: PoolPlan, tasks: Iterator[ShardTask], sample: int) -> float | None:
-    """Seconds of an actor for an image; None where the sample could not be read."""
+def _measure(job: Job, pool: PoolPlan, tasks: Iterator[ShardTask], sample: int) -> _Sample | None:
+    """None where the sample could not be read."""
     reader = UnitReader(job.spec.source, job.storage, job.spec.unit.max_bytes, min(pool.max_images, sample))
     units: list[pa.Table] = []
     num_images = 0
@@ -142,12 +156,13 @@ def _measure(job: Job, pool: PoolPlan, tasks: Iterator[ShardTask], sample: int) 
     )
     connect()
     try:
-        return float(ray.get(remote.remote(job, replica, units)))
+        measured: _Sample = ray.get(remote.remote(job, replica, units))
+        return measured
     finally:
         shutdown()
 
 
-def _label(job: Job, replica: Replica, units: Sequence[pa.Table]) -> float:
+def _label(job: Job, replica: Replica, units: Sequence[pa.Table]) -> _Sample:
     """Label and forget; the first unit warms up."""
     labeler = Labeler(job.checkpoint, replica, job.lineage)
     try:
@@ -157,7 +172,8 @@ def _label(job: Job, replica: Replica, units: Sequence[pa.Table]) -> float:
         seconds = time.perf_counter() - started
     finally:
         labeler.close()
-    return seconds / sum(report.num_images for report in reports)
+    num_images = sum(report.num_images for report in reports)
+    return _Sample(seconds / num_images, sum(report.encoded_bytes for report in reports) / num_images)
 
 
 def _cluster(job: Job) -> ClusterInfo:

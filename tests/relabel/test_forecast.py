@@ -11,9 +11,10 @@ from typer.testing import CliRunner
 
 from jobs.cli import app
 from jobs.relabel import forecast as forecast_module
-from jobs.relabel.forecast import STARTUP_S, run_forecast
+from jobs.relabel.forecast import STARTUP_S, _Sample, run_forecast
 from schemas.relabel_spec import RelabelSpec
 from schemas.spec_loader import load_spec
+from tests.chaos.harness import make_source, write_source
 
 
 @pytest.fixture
@@ -33,7 +34,7 @@ def make_spec(source: str, tmp_path: Path, *settings: str) -> RelabelSpec:
 @pytest.fixture
 def ten_a_second(monkeypatch: pytest.MonkeyPatch) -> None:
     """One actor labels an image in 0.094 s, so that with its share of idleness it makes ten a second."""
-    monkeypatch.setattr(forecast_module, "_measure", lambda *_: 0.094)
+    monkeypatch.setattr(forecast_module, "_measure", lambda *_: _Sample(0.094, 1000))
     monkeypatch.setattr(forecast_module, "local_cpus", lambda: 2)
 
 
@@ -48,6 +49,17 @@ def test_without_a_budget_one_run_does_it_all(source: str, tmp_path: Path) -> No
     assert found.hours == pytest.approx((3 + STARTUP_S) / 3600)
     assert found.price == pytest.approx(2 * (3 + STARTUP_S) / 3600)
     assert not (tmp_path / "lake").exists()
+
+
+@pytest.mark.usefixtures("ten_a_second")
+def test_shards_that_nobody_has_read_are_counted_by_their_size(tmp_path: Path) -> None:
+    images = {f"{number}.jpg": b"x" * 1000 for number in range(40)}
+    source = write_source(tmp_path / "tars", make_source("tar", images, num_shards=2))
+    (sampled,) = run_forecast(make_spec(source, tmp_path)).passes
+    size = sum(path.stat().st_size for path in (tmp_path / "tars").iterdir())
+    assert (sampled.images, sampled.estimated, sampled.counts["new"]) == (round(size / 1000),) * 3
+    (unsampled,) = run_forecast(make_spec(source, tmp_path), sample=0).passes
+    assert (unsampled.images, unsampled.images_per_s) == (2, None)
 
 
 @pytest.mark.usefixtures("ten_a_second")
