@@ -26,6 +26,8 @@ from jobs.submit.request import MAX_SPEC_BYTES, checked_spec, make_request
 from schemas.specs import StorageSpec
 from tests.integration.conftest import free_ports
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 NUM_RAYLETS = 3
 BIN = Path(sys.executable).parent
@@ -153,7 +155,6 @@ def test_without_its_token_the_cluster_takes_no_job(cluster: RunningCluster) -> 
     assert "wants a token" in open_door.stderr
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_ctrl_c_commits_what_was_finished_and_the_next_run_goes_on(
     cluster: RunningCluster, tmp_path: Path
@@ -182,7 +183,6 @@ def test_ctrl_c_commits_what_was_finished_and_the_next_run_goes_on(
     assert len(set(image_ids(tmp_path))) == len(image_ids(tmp_path)) == 100
 
 
-@pytest.mark.slow
 def test_a_training_that_is_asked_to_stop_says_how_far_it_came(
     cluster: RunningCluster, tmp_path: Path
 ) -> None:
@@ -213,7 +213,6 @@ def test_a_training_that_is_asked_to_stop_says_how_far_it_came(
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["status"] == "interrupted"
 
 
-@pytest.mark.slow
 def test_what_a_cluster_cannot_do_is_said_in_one_line_with_the_drivers_exit_status(
     cluster: RunningCluster, tmp_path: Path
 ) -> None:
@@ -237,7 +236,6 @@ def test_what_a_cluster_cannot_do_is_said_in_one_line_with_the_drivers_exit_stat
     assert line.startswith("masklake: file:///etc is not allowed here")
 
 
-@pytest.mark.slow
 def test_the_longest_spec_that_is_taken_arrives(cluster: RunningCluster, tmp_path: Path) -> None:
     spec = yaml.safe_load(spec_file(tmp_path, num_images=1).read_text())
     spec["model"] = {"uri": "alias:nobody"}
@@ -253,7 +251,6 @@ def test_the_longest_spec_that_is_taken_arrives(cluster: RunningCluster, tmp_pat
     assert "there is no alias 'nobody' in the lake" in done.stderr.splitlines()[-1]
 
 
-@pytest.mark.slow
 def test_a_job_of_others_is_left_alone_and_said_so(cluster: RunningCluster) -> None:
     other = [str(BIN / "ray"), "job", "submit", "--no-wait", "--submission-id", "other", "--", "sleep", "60"]
     env = {**cluster.env, "RAY_API_SERVER_ADDRESS": cluster.dashboard}
