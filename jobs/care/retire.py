@@ -20,8 +20,6 @@ from itertools import product
 
 import pyarrow as pa
 import pyarrow.compute as pc
-from deltalake import CommitProperties
-from deltalake.transaction import RemoveAction
 
 from jobs.care.doctor import HeldLease, held_leases
 from jobs.care.vacuum import DEFAULT_GRACE_S
@@ -33,6 +31,7 @@ from jobs.lake.done_images import LabelFile
 from jobs.lake.fragments import PARTITION_COLUMN
 from jobs.lake.labels_table import LabelsTable, first_line
 from jobs.lake.model_ids import read_model_id
+from jobs.lake.rewrite import OldFile, commit_actions, remove_action
 from jobs.lake.storage import Storage
 from schemas.errors import CommitStateUnknownError, MasklakeError, StorageError, UsageError
 
@@ -302,17 +301,10 @@ def _commit_choice(
 
 
 def _commit(table: LabelsTable, choice: _Choice, commit_id: str) -> None:
-    now_ms = time.time_ns() // 1_000_000
     # The table is append-only, so deltalake takes Remove actions without a change of data only. Who follows
     # the table, rather than reads a version, keeps the rows: they were and are facts about their images.
     removes = [
-        RemoveAction(
-            file.path,
-            data_change=False,
-            deletion_timestamp=now_ms,
-            size=file.size_bytes,
-            partition_values={PARTITION_COLUMN: labels.model_id},
-        )
+        remove_action(OldFile(file.path, file.size_bytes), labels.model_id)
         for labels in choice.going
         for file in labels.files
     ]
@@ -321,16 +313,7 @@ def _commit(table: LabelsTable, choice: _Choice, commit_id: str) -> None:
         "models": [labels.model_id for labels in choice.going],
         "commit_id": commit_id,
     }
-    table.ask(
-        "a commit to the log",
-        lambda delta: delta.create_write_transaction(
-            [*removes],
-            mode="append",
-            schema=delta.schema(),
-            partition_by=[PARTITION_COLUMN],
-            commit_properties=CommitProperties(custom_metadata=metadata, max_commit_retries=0),
-        ),
-    )
+    commit_actions(table, removes, metadata)
 
 
 def _give_up(table: LabelsTable, failure: Exception | None, unknown: bool) -> MasklakeError:

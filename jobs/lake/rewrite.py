@@ -13,6 +13,7 @@ import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from deltalake import CommitProperties
 from deltalake.transaction import AddAction, RemoveAction
@@ -154,7 +155,6 @@ def _replaceable(table: LabelsTable, merged: Sequence[MergedFile]) -> tuple[Merg
 
 
 def _commit(table: LabelsTable, merged: Sequence[MergedFile], metadata: Mapping[str, str | int]) -> None:
-    now_ms = time.time_ns() // 1_000_000
     # dataChange says to readers that follow the table: no row came or went. An append-only table takes it.
     adds = [
         AddAction(
@@ -167,21 +167,29 @@ def _commit(table: LabelsTable, merged: Sequence[MergedFile], metadata: Mapping[
         )
         for file in merged
     ]
-    removes = [
-        RemoveAction(
-            old.path,
-            data_change=False,
-            deletion_timestamp=now_ms,
-            size=old.size_bytes,
-            partition_values={PARTITION_COLUMN: file.model_id},
-        )
-        for file in merged
-        for old in file.replaces
-    ]
+    removes = [remove_action(old, file.model_id) for file in merged for old in file.replaces]
+    commit_actions(table, [*adds, *removes], metadata)
+
+
+def remove_action(file: OldFile, model_id: str) -> RemoveAction:
+    """Takes a file out of the newest version. An append-only table takes no other kind."""
+    return RemoveAction(
+        file.path,
+        data_change=False,
+        deletion_timestamp=time.time_ns() // 1_000_000,
+        size=file.size_bytes,
+        partition_values={PARTITION_COLUMN: model_id},
+    )
+
+
+def commit_actions(
+    table: LabelsTable, actions: Sequence[AddAction | RemoveAction], metadata: Mapping[str, Any]
+) -> None:
+    """One try at the version after the table's; it fails where any other commit comes first."""
     table.ask(
         "a commit to the log",
         lambda delta: delta.create_write_transaction(
-            [*adds, *removes],
+            [*actions],
             mode="append",
             schema=delta.schema(),
             partition_by=[PARTITION_COLUMN],
