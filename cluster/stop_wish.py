@@ -76,18 +76,26 @@ def own_submission_id() -> str | None:
 
 
 def bring_wish(submission_id: str) -> str | None:
-    """Tell a job's actor, from a process that is connected. None: it was told; else why it could not be."""
+    """Tell a job's actor, from a process that is connected. None: it was told; else why it could not be.
+
+    A driver that has little to commit may be gone before its actor's answer is here: an actor that was sent
+    the wish and is no more counts as told.
+    """
     deadline = time.monotonic() + _APPEARS_S
+    was_sent = False
     while True:
         try:
             keeper: Any = ray.get_actor(_actor_name(submission_id), namespace=NAMESPACE)
-            ray.get(keeper.wish.remote(), timeout=_ANSWER_S)
+            answer = keeper.wish.remote()
+            was_sent = True
+            ray.get(answer, timeout=_ANSWER_S)
             return None
-        except (ValueError, GetTimeoutError, RayError) as error:
-            if time.monotonic() > deadline:
-                return (
-                    "has no actor that takes wishes" if isinstance(error, ValueError) else "does not answer"
-                )
+        except ValueError:
+            problem = None if was_sent else "has no actor that takes wishes"
+        except (GetTimeoutError, RayError):
+            problem = "does not answer"
+        if time.monotonic() > deadline:
+            return problem
         time.sleep(_RETRY_S)
 
 

@@ -4,8 +4,11 @@ import json
 import os
 import signal
 import time
+from unittest.mock import MagicMock
 
 import pytest
+import ray
+from ray.exceptions import ActorDiedError
 
 from cluster.session import ClusterInfo
 from cluster.stop_wish import StoppedError, bring_wish, own_submission_id, stoppable
@@ -56,6 +59,24 @@ def test_a_wish_reaches_the_driver_and_its_actor_ends_with_it(
     with pytest.raises(StoppedError):
         job()
     assert time.monotonic() - brought < 5
+
+
+@pytest.mark.parametrize("names_found, said", [(1, None), (9, "does not answer")])
+def test_an_actor_that_is_gone_before_it_answers_was_told(
+    names_found: int, said: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looks = iter([True] * names_found + [False] * 9)
+
+    def get_actor(name: str, namespace: str) -> MagicMock:
+        if not next(looks):
+            raise ValueError("no such actor")
+        return MagicMock()
+
+    monkeypatch.setattr("cluster.stop_wish._APPEARS_S", 0.1)
+    monkeypatch.setattr("cluster.stop_wish._RETRY_S", 0.06)
+    monkeypatch.setattr(ray, "get_actor", get_actor)
+    monkeypatch.setattr(ray, "get", MagicMock(side_effect=ActorDiedError()))
+    assert bring_wish("infer-1") == said
 
 
 @pytest.mark.slow
