@@ -136,7 +136,13 @@ def spec(job: str, cloud: Cloud) -> dict[str, Any]:
         "source": {"uri": photos},
         "model": {"uri": "alias:champion"},
         "lake": {"uri": lake},
-        "pool": {"min_actors": 1, "max_actors": 9, "gpus_per_actor": 1, "cpus_per_actor": 6},
+        "pool": {
+            "min_actors": 1,
+            "max_actors": 9,
+            "gpus_per_actor": 1,
+            "cpus_per_actor": 6,
+            "wait_for_nodes_s": "30m",
+        },
     }
     if job == "relabel":
         made["budget"] = {"time_s": "5h"}

@@ -4,7 +4,7 @@ Enters: what the cluster has, the spec's pool section. Leaves: a PoolPlan withou
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -17,14 +17,18 @@ from schemas.specs import PoolSpec
 READ_CPUS = 0.4
 WRITE_CPUS = 0.2
 
-# Ray Data's tasks between the stages ask for one CPU and cannot be told otherwise. Where actors hold all
-# CPUs, those tasks never start and the job hangs, so one CPU stays free of actors.
-_FREE_CPUS = 1.0
+# Where actors hold all CPUs nobody reads, and the job stands still: a node that has actors keeps this free of
+# them. Of each node and not of one, for an actor whose node is lost is started again on another.
+_KEPT_CPUS = READ_CPUS + WRITE_CPUS
+_ROUNDING = 1e-6  # of sums of hundredths
 
 # One unit in work and one waiting. On calls of 150 ms that keeps an actor busy for 0.90 of its time (1: 0.72,
 # 4: 0.94); units take seconds, so the gap is smaller still, and each unit more is up to 64 MB and repeated
 # work.
 TASKS_IN_FLIGHT = 2
+
+# A node that has to be brought first, for minutes of its price, gets so many units of about 10 s.
+_UNITS_FOR_A_NODE = 4
 
 # About 10 s of an actor's work: progress, commits and lost work stay fine-grained. On a GPU the 64 MB of a
 # unit are the tighter bound, and 512 images what the design allows.
@@ -40,14 +44,17 @@ _CPUS_PER_CPU_ACTOR = 2.0
 _MOST_THREADS = 8
 
 
+class NoRoomError(UsageError):
+    """The nodes that there are have no room for the actors that are wanted."""
+
+
 @dataclass(frozen=True)
 class PoolPlan:
     """What the pipeline asks Ray for.
 
     Attributes:
-        min_actors, max_actors: bounds of the pool; Ray Data scales between them. None: as many as find room,
-            for where actors want GPUs those are what they run out of, and nodes that join bring more.
-        room: actors that fit now, at most max_actors; 0 where the cluster has yet to grow.
+        min_actors, max_actors: bounds of the pool, as far as there is work.
+        room: actors that fit now, at least min_actors and at most max_actors.
         gpus_per_actor, cpus_per_actor, resources: what Ray books for an actor.
         torch_threads: what an actor's PyTorch and decoding may really use.
         tasks_in_flight: units sent to an actor before it returned the first.
@@ -56,7 +63,7 @@ class PoolPlan:
     """
 
     min_actors: int
-    max_actors: int | None
+    max_actors: int
     room: int
     gpus_per_actor: float
     cpus_per_actor: float
@@ -67,10 +74,14 @@ class PoolPlan:
     write_cpus: float
     max_images: int
 
-    @property
-    def actors(self) -> int:
-        """That the pool begins with, instead of growing one by one."""
-        return max(self.min_actors, self.room)
+    def num_actors(self, units: int) -> int:
+        """The pool's size for so many units: who finds no room at once waits for a node that joins.
+
+        Of one size from the beginning to its tail, not grown by Ray Data as it goes: that divides the CPUs
+        by the number of stages, and gives a stage no more actors than its share of CPUs holds, however many
+        GPUs stand idle; what waits is also what an autoscaler is told.
+        """
+        return max(self.min_actors, min(self.room, units), min(self.max_actors, units // _UNITS_FOR_A_NODE))
 
 
 def actor_profile(
@@ -79,7 +90,7 @@ def actor_profile(
     preset: str,
     max_images: int | Literal["auto"] = "auto",
 ) -> PoolPlan:
-    """Replace every "auto" and null by a number that fits the cluster.
+    """Replace every "auto" by a number that fits the cluster.
 
     Args:
         nodes: of each its CPU, GPU and custom resources; an actor cannot stand on two.
@@ -88,32 +99,40 @@ def actor_profile(
         max_images: the spec's unit.max_images.
 
     Raises:
-        UsageError: the actors that the spec wants would never start. Where max_actors is given the spec is
-            taken at its word: the cluster may grow.
+        NoRoomError: the actors that the spec wants find no room on these nodes.
     """
     gpus = _gpus_per_actor(sum(node.get("GPU", 0.0) for node in nodes), pool)
     special = ({"GPU": gpus} if gpus > 0 else {}) | pool.resources
-    wanted = pool.max_actors
     cpus = _cpus_per_actor(nodes, special, pool)
-    room = _room(nodes, {"CPU": cpus, **special})
-    if wanted is None and room < pool.min_actors:
-        raise UsageError(_no_room(nodes, {"CPU": cpus, "GPU": gpus, **pool.resources}, room, pool.min_actors))
-    # Actors that want CPUs alone could take the one that stays free, once a pool may outgrow its room.
-    max_actors = room if wanted is None and gpus == 0 else wanted
-    room = room if max_actors is None else min(room, max_actors)
+    most = math.inf if pool.max_actors is None else pool.max_actors
+    room = int(min(most, _room(nodes, {"CPU": cpus, **special})))
+    if room < pool.min_actors:
+        amounts = {"CPU": cpus, "GPU": gpus, **pool.resources}
+        raise NoRoomError(_no_room(nodes, amounts, room, pool.min_actors))
     return PoolPlan(
         min_actors=pool.min_actors,
-        max_actors=max_actors,
+        max_actors=pool.max_actors or room,
         room=room,
         gpus_per_actor=gpus,
         cpus_per_actor=cpus,
         resources=pool.resources,
-        torch_threads=_threads(nodes, pool, cpus, gpus, max_actors or max(pool.min_actors, room)),
+        torch_threads=_threads(nodes, pool, cpus, gpus, room),
         tasks_in_flight=TASKS_IN_FLIGHT,
         read_cpus=READ_CPUS,
         write_cpus=WRITE_CPUS,
         max_images=_max_images(gpus, preset) if max_images == "auto" else max_images,
     )
+
+
+def least_room(pool: PoolSpec) -> list[dict[str, float]]:
+    """What has to be free for the pool's first actors, as bundles to ask an autoscaler for.
+
+    An "auto" is one CPU here and no GPU; more is made of what comes. One CPU more is for reading.
+    """
+    cpus = 1.0 if pool.cpus_per_actor == "auto" else pool.cpus_per_actor
+    gpus = 0.0 if pool.gpus_per_actor == "auto" else pool.gpus_per_actor
+    actor = {"CPU": cpus, **({"GPU": gpus} if gpus > 0 else {}), **pool.resources}
+    return [{"CPU": 1.0}, *([actor] * pool.min_actors)]
 
 
 def _gpus_per_actor(gpus_available: float, pool: PoolSpec) -> float:
@@ -126,42 +145,66 @@ def _gpus_per_actor(gpus_available: float, pool: PoolSpec) -> float:
 def _cpus_per_actor(
     nodes: Sequence[Mapping[str, float]], special: Mapping[str, float], pool: PoolSpec
 ) -> float:
-    """What the actors can have on the nodes that have the special resources, without being fewer for it."""
-    if pool.cpus_per_actor != "auto":
-        return pool.cpus_per_actor
-    places = [(node.get("CPU", 0.0), slots) for node in nodes if (slots := _slots(node, special)) >= 1]
-    if not places:  # the cluster may grow
-        places = [(node.get("CPU", 0.0), 1) for node in nodes] or [(0.0, 1)]
-    spare = sum(node.get("CPU", 0.0) for node in nodes) - _FREE_CPUS
-    largest = max(cpus for cpus, _ in places) or 1.0
-    if "GPU" not in special:
-        return min(_CPUS_PER_CPU_ACTOR, largest, _whole(spare))
-    num_actors = pool.max_actors or max(1, sum(int(slots) for _, slots in places))
-    poorest = min(cpus / slots for cpus, slots in places)
-    if pool.max_actors is not None:  # they may leave places empty
-        poorest = max(poorest, min(largest, spare / num_actors))
-    return min(_MOST_CPUS_PER_GPU_ACTOR, largest, _whole(min(poorest, spare / num_actors)))
+    """CPUs, in hundredths, that an actor books: as many as leave _KEPT_CPUS on each node that has actors."""
+    kinds = [dict(kind) for kind in {tuple(sorted(node.items())) for node in nodes}]
+
+    def fitting(hundredths: range) -> Iterator[tuple[float, int]]:
+        """Amounts that leave every node its room, each with the actors that fit."""
+        for cpus in (number / 100 for number in hundredths):
+            room = _room(nodes, {"CPU": cpus, **special})
+            if room and cpus not in (READ_CPUS, WRITE_CPUS) and _leaves_room(kinds, special, cpus):
+                yield cpus, room
+
+    if pool.cpus_per_actor != "auto":  # a little more, where so many would fill a node
+        asked = round(pool.cpus_per_actor * 100)
+        return next((cpus for cpus, _ in fitting(range(asked, asked + 100))), pool.cpus_per_actor)
+    most = _MOST_CPUS_PER_GPU_ACTOR if "GPU" in special else _CPUS_PER_CPU_ACTOR
+    places = sum(_places(node, special) for node in nodes)
+    wanted = places if pool.max_actors is None else min(places, pool.max_actors)
+    # Where no node has CPUs to spare, as much as the largest has.
+    best, best_room = min(most, max((node.get("CPU", 0.0) for node in nodes), default=0.0)) or most, 0
+    for cpus, room in fitting(range(round(most * 100), 0, -1)):
+        if room >= wanted:
+            return cpus
+        if room > best_room:
+            best, best_room = cpus, room
+    return best
 
 
-def _whole(cpus: float) -> float:
-    """Whole CPUs where there is one, else hundredths; never nothing."""
-    return math.floor(cpus * 100) / 100 if 0.01 <= cpus < 1 else max(1.0, math.floor(cpus))
+def _places(node: Mapping[str, float], special: Mapping[str, float]) -> int:
+    """Actors that a node is to have: one for each GPU, or for each two of its CPUs."""
+    cpus = node.get("CPU", 0.0)
+    if "GPU" in special:
+        return int(_slots(node, special)) if cpus > _KEPT_CPUS else 0
+    if cpus <= 2 * _KEPT_CPUS:  # what one leaves another would take
+        return 0
+    return int(min(max(1.0, cpus // _CPUS_PER_CPU_ACTOR), _slots(node, special)))
+
+
+def _leaves_room(kinds: Sequence[Mapping[str, float]], special: Mapping[str, float], cpus: float) -> bool:
+    """Whether a node that is as full of actors as Ray can make it still has _KEPT_CPUS."""
+    for node in kinds:
+        slots = _slots(node, {"CPU": cpus, **special})
+        if slots and node["CPU"] - slots * cpus < _KEPT_CPUS - _ROUNDING:
+            return False
+    return True
 
 
 def _slots(node: Mapping[str, float], amounts: Mapping[str, float]) -> float:
     """How many actors of these amounts fit on a node; infinite where they want nothing."""
     return min(
-        (math.floor(node.get(name, 0.0) / amount) for name, amount in amounts.items()), default=math.inf
+        (math.floor(node.get(name, 0.0) / amount + _ROUNDING) for name, amount in amounts.items()),
+        default=math.inf,
     )
 
 
 def _room(nodes: Sequence[Mapping[str, float]], amounts: Mapping[str, float]) -> int:
-    """Actors that fit on the nodes, with _FREE_CPUS kept on the node where that costs the least."""
+    """Actors that fit on the nodes, with _KEPT_CPUS kept on the node where that costs the least."""
     full = sum(int(_slots(node, amounts)) for node in nodes)
     costs = [
-        _slots(node, amounts) - _slots({**node, "CPU": node["CPU"] - _FREE_CPUS}, amounts)
+        _slots(node, amounts) - _slots({**node, "CPU": node["CPU"] - _KEPT_CPUS}, amounts)
         for node in nodes
-        if node.get("CPU", 0.0) >= _FREE_CPUS
+        if node.get("CPU", 0.0) >= _KEPT_CPUS
     ]
     return full - int(min(costs, default=full))
 
@@ -180,10 +223,10 @@ def _no_room(
 
     names = "".join(f", pool.resources.{name}" for name in amounts if name not in ("CPU", "GPU"))
     return (
-        f"the cluster has {total('CPU'):g} CPUs, of which {_FREE_CPUS:g} is kept for reading and writing,"
+        f"the cluster has {total('CPU'):g} CPUs, of which {_KEPT_CPUS:g} is kept for reading and writing,"
         f"{listed(total)}: room for {room} actors of {amounts['CPU']:g} CPUs{listed(amounts.__getitem__)}, "
         f"the spec wants {wanted}; lower pool.min_actors, pool.cpus_per_actor or pool.gpus_per_actor{names}, "
-        "or set pool.max_actors where the cluster grows"
+        "or set pool.wait_for_nodes_s where the cluster grows"
     )
 
 
@@ -191,8 +234,10 @@ def _threads(
     nodes: Sequence[Mapping[str, float]], pool: PoolSpec, cpus: float, gpus: float, actors: int
 ) -> int:
     """Threads of an actor. On CPUs the actors share all cores, for the tasks beside them are idle mostly."""
-    if gpus > 0 or pool.cpus_per_actor != "auto":
-        return max(1, int(cpus))
+    if pool.cpus_per_actor != "auto":
+        return max(1, int(pool.cpus_per_actor))
+    if gpus > 0:
+        return math.ceil(cpus)
     cores = [int(node.get("CPU", 0.0)) for node in nodes if _slots(node, pool.resources) >= 1]
     return max(1, min(_MOST_THREADS, max(cores, default=1), sum(cores) // max(1, actors)))
 

@@ -8,8 +8,8 @@ RAY_SETTINGS: Final = {
     # that is how long runs stood still in tests/chaos. Its servers take questions this often.
     "RAY_grpc_client_keepalive_time_ms": "20000",
     "RAY_grpc_client_keepalive_timeout_ms": "20000",
-    # Ray's 15 lets each of its idle helpers, which wake a hundred times a second, displace a thread that works:
-    # on two busy cores a training step took 1.14 to 1.24 times as long, with 0 1.04 to 1.06
+    # At Ray's 15 its idle helpers, each of which wakes a hundred times a second, displace the threads that
+    # work: on two busy cores a training step took 1.14 to 1.24 times as long, with 0 1.04 to 1.06
     # (benchmarks/training_overhead.py).
     "RAY_worker_niceness": "0",
 }

@@ -83,7 +83,7 @@ def connect(address: str | None = None, num_cpus: int | None = None) -> ClusterI
         _open_connects = 1
     elif _open_connects:
         _open_connects += 1
-    return _cluster_info(started_here)
+    return cluster_info(started_here)
 
 
 def cluster_address(address: str | None = None) -> str | None:
@@ -116,8 +116,8 @@ def _quiet_environment(*, is_local: bool) -> None:
         os.environ.setdefault(name, value)
     # An actor without a GPU keeps the devices it sees; unset, Ray warns in each worker that this will change.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    # Of one machine alone there is no node to drain, and nobody reads the logs that the monitor looks through.
-    # Each costs a hundredth of a core.
+    # One machine alone has no node to drain, and nobody reads what the monitor looks for in its logs. Each
+    # costs a hundredth of a core.
     if is_local:
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
         os.environ.setdefault("RAY_LOG_MONITOR_MANY_FILES_THRESHOLD", "0")
@@ -210,7 +210,8 @@ def _native_stderr_dropped() -> Iterator[None]:
         os.close(kept)
 
 
-def _cluster_info(started_here: bool) -> ClusterInfo:
+def cluster_info(started_here: bool = False) -> ClusterInfo:
+    """What the cluster has now, of a process that is connected."""
     nodes = ray.nodes()  # type: ignore[no-untyped-call]  # Ray's types stop here
     resources = [node["Resources"] for node in nodes if node["Alive"]]
     resources.sort(key=lambda node: node.get("CPU", 0.0), reverse=True)

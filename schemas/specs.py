@@ -12,6 +12,7 @@ from schemas.spec_fields import (
     Count,
     CountOrAuto,
     CpusOrAuto,
+    Duration,
     Endpoint,
     ErrorKinds,
     Flag,
@@ -83,14 +84,22 @@ class UnitSpec(Section):
 class PoolSpec(Section):
     """The actors, each with a replica of the model."""
 
-    min_actors: Count = Field(default=1, description="actors kept, whatever there is to do")
-    max_actors: Count | None = Field(default=None, description="null: as many as the cluster has room for")
+    min_actors: Count = Field(default=1, description="actors that must find room before a run begins")
+    max_actors: Count | None = Field(
+        default=None,
+        description="those without room wait for nodes that join; null: as many as have room at the start",
+    )
     gpus_per_actor: GpusOrAuto = Field(
         default="auto", description="auto: 1 where the cluster has GPUs, else 0"
     )
     cpus_per_actor: CpusOrAuto = Field(default="auto", description="auto: sized to the cluster")
     resources: Resources = Field(
         default={}, description="custom resources of Ray that an actor books, such as {a100: 1}"
+    )
+    wait_for_nodes_s: Duration | None = Field(
+        default=None,
+        description="such as 30m: where there is no room for min_actors yet, ask for nodes and wait so long; "
+        "null: refuse",
     )
     batch_size: Count = Field(default=16, description="images in a forward pass on a GPU; on a CPU it is one")
     precision: Precision = Field(default="auto", description="auto: bf16 on a GPU that has it, else fp32")

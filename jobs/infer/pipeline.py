@@ -1,4 +1,4 @@
-"""The label job as a Ray Data pipeline: task rows -> read -> label -> write, one row a work unit.
+"""The label job as a Ray Data pipeline: tasks -> read -> label -> write, one row a work unit.
 
 Read from top to bottom; each number is a PoolPlan's, and cluster/profiles.py gives its reason.
 """
@@ -11,11 +11,14 @@ import warnings
 from collections.abc import Generator, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import cast
 
 import pyarrow as pa
 import ray
 import ray.data
+from ray.data import DataContext, Datasource, ReadTask
+from ray.data.block import BlockMetadata
 from ray.util.annotations import RayDeprecationWarning
 
 from cluster.profiles import PoolPlan
@@ -33,6 +36,9 @@ from schemas.specs import InferSpec
 # one unit and its result moves on at once instead of waiting for the block to fill.
 BLOCK_BYTES = 1
 
+# Ray Data takes its read tasks one by one, 1 ms each, before the first of them starts.
+_MOST_READ_TASKS = 2000
+
 # How often a unit may lose its actor; Ray's default is for ever. An image that kills the actor takes two (see
 # attempts.py), so a unit may hold a dozen of them and still meet ten lost nodes or killed workers, its own or
 # those of the unit that waits behind it. More is not the images' fault, and the run ends with an error.
@@ -45,6 +51,36 @@ class FinishedUnit:
 
     report: UnitReport
     fragment: Fragment | None
+
+
+class UnitSource(Datasource):
+    """The read stage: a shard a read task, or some, one after another, where there are many.
+
+    Not from_arrow and repartition: that task of Ray's wants a whole CPU, which after a lost node nobody may
+    have free.
+    """
+
+    def __init__(self, tasks: Tasks, reader: UnitReader) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._tasks = tasks
+        self._reader = reader
+        self.num_read_tasks = min(len(tasks), _MOST_READ_TASKS)
+
+    def get_name(self) -> str:
+        """As Ray's logs and metrics have it, with "Read" before."""
+        return "Units"
+
+    def estimate_inmemory_data_size(self) -> int | None:
+        """Not known: blocks are cut as they come."""
+        return None
+
+    def get_read_tasks(
+        self, parallelism: int, per_task_row_limit: int | None = None, data_context: DataContext | None = None
+    ) -> list[ReadTask]:
+        """In the order of the tasks."""
+        unknown = BlockMetadata(num_rows=None, size_bytes=None, input_files=None, exec_stats=None)
+        parts = self._tasks.parts(self.num_read_tasks)
+        return [ReadTask(partial(self._reader, part), unknown) for part in parts]
 
 
 class _LabelActor:
@@ -93,43 +129,33 @@ def run_pipeline(pipeline: Pipeline) -> Generator[FinishedUnit, None, None]:
 def _build(pipeline: Pipeline, attempts: SharedAttempts) -> ray.data.Dataset:
     pool = pipeline.pool
     units = pipeline.tasks.likely_units(pipeline.spec.unit.max_bytes, pool.max_images)
-    return (
-        ray.data.from_arrow(pipeline.tasks.table)
-        .repartition(target_num_rows_per_block=1)  # a shard a task; from_items takes 12 times as long
-        .map_batches(
-            pipeline.reader().__call__,
-            batch_size=1,
-            batch_format="pyarrow",
-            num_cpus=pool.read_cpus,
-        )
-        .map_batches(
-            _LabelActor,
-            fn_constructor_args=(
-                ray.put(pipeline.checkpoint),
-                pipeline.replica,
-                pipeline.lineage,
-                attempts,
-            ),
-            batch_size=1,
-            batch_format="pyarrow",
-            compute=ray.data.ActorPoolStrategy(
-                min_size=pool.min_actors,
-                max_size=pool.max_actors,
-                initial_size=max(pool.min_actors, min(pool.actors, units)),
-                max_tasks_in_flight_per_actor=pool.tasks_in_flight,
-            ),
-            num_cpus=pool.cpus_per_actor,
-            num_gpus=pool.gpus_per_actor or None,
-            resources=dict(pool.resources),
-            max_restarts=-1,
-            max_task_retries=MAX_LOST_ACTORS,
-        )
-        .map_batches(
-            pipeline.writer().__call__,
-            batch_size=1,
-            batch_format="pyarrow",
-            num_cpus=pool.write_cpus,
-        )
+    source = UnitSource(pipeline.tasks, pipeline.reader())
+    read: ray.data.Dataset = ray.data.read_datasource(
+        source, override_num_blocks=source.num_read_tasks, num_cpus=pool.read_cpus
+    )
+    return read.map_batches(
+        _LabelActor,
+        fn_constructor_args=(
+            ray.put(pipeline.checkpoint),
+            pipeline.replica,
+            pipeline.lineage,
+            attempts,
+        ),
+        batch_size=1,
+        batch_format="pyarrow",
+        compute=ray.data.ActorPoolStrategy(
+            size=pool.num_actors(units), max_tasks_in_flight_per_actor=pool.tasks_in_flight
+        ),
+        num_cpus=pool.cpus_per_actor,
+        num_gpus=pool.gpus_per_actor or None,
+        resources=dict(pool.resources),
+        max_restarts=-1,
+        max_task_retries=MAX_LOST_ACTORS,
+    ).map_batches(
+        pipeline.writer().__call__,
+        batch_size=1,
+        batch_format="pyarrow",
+        num_cpus=pool.write_cpus,
     )
 
 

@@ -1,13 +1,13 @@
-"""The read stage: a shard in, its work units out, streamed in member order."""
+"""The read stage: shards in, their work units out, streamed in member order."""
 
 from __future__ import annotations
 
 import pickle
 import time
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
-from itertools import islice
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import islice, pairwise
+from typing import cast
 
 import pyarrow as pa
 
@@ -49,21 +49,27 @@ class Tasks(Iterable[ShardTask]):
     def __len__(self) -> int:
         return self.table.num_rows
 
+    def parts(self, number: int) -> list[list[bytes]]:
+        """The values of the table in so many parts of like length, in order; each what a UnitReader takes."""
+        column = self.table["task"]
+        bounds = [part * len(column) // number for part in range(number + 1)]
+        return [cast(list[bytes], column[start:stop].to_pylist()) for start, stop in pairwise(bounds)]
+
     def likely_units(self, max_bytes: int, max_images: int) -> int:
         """How many units of these bounds there will be, as far as a listing tells."""
         return max(len(self), self.num_bytes // max_bytes, self.num_objects // max_images)
 
     def __iter__(self) -> Iterator[ShardTask]:
-        return map(_unpickle, self.table["task"])
+        return (_unpickle(task.as_py()) for task in self.table["task"])
 
 
-def _unpickle(task: Any) -> ShardTask:
-    unpickled: ShardTask = pickle.loads(zlib.decompress(task.as_py()))
+def _unpickle(task: bytes) -> ShardTask:
+    unpickled: ShardTask = pickle.loads(zlib.decompress(task))
     return unpickled
 
 
 class UnitReader:
-    """Turns task rows into unit rows."""
+    """Turns tasks into unit rows."""
 
     def __init__(self, source: SourceSpec, storage: Storage, max_bytes: int, max_images: int) -> None:
         self._source = source
@@ -71,9 +77,9 @@ class UnitReader:
         self._max_bytes = max_bytes
         self._max_images = max_images
 
-    def __call__(self, batch: Any) -> Iterator[pa.Table]:
-        """Read what a table of TASK_SCHEMA asks for; Ray's types leave its format open."""
-        for task in batch["task"]:
+    def __call__(self, tasks: Sequence[bytes]) -> Iterator[pa.Table]:
+        """Read what one of Tasks.parts() asks for."""
+        for task in tasks:
             yield from self.read_units(_unpickle(task))
 
     def read_units(self, task: ShardTask) -> Iterator[pa.Table]:

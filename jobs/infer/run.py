@@ -13,7 +13,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -22,7 +22,8 @@ from types import FrameType
 import yaml
 from ray.exceptions import RayError
 
-from cluster.profiles import PoolPlan, actor_profile
+from cluster.growing import wait_for_nodes
+from cluster.profiles import NoRoomError, PoolPlan, actor_profile, least_room
 from cluster.session import ClusterInfo, connect, shutdown
 from cluster.stop_wish import stoppable
 from jobs.infer.books import Books
@@ -205,7 +206,7 @@ class _Run:
     def _work_on(self, cluster: ClusterInfo, tasks: Tasks) -> None:
         pool = self._pool(cluster)
         self.summary.shards = len(tasks)
-        self.summary.actors = pool.actors
+        self.summary.actors = pool.room
         self.watcher.start(len(tasks), tasks.num_bytes)
         replica = Replica(
             self.job.model_overrides,
@@ -286,14 +287,20 @@ class _Run:
         if self.job.device == "cpu":
             self.watcher.note(f"no GPU: labelling on {cluster.num_cpus:g} CPU cores in {self.job.precision}.")
         spec = self.job.spec
-        pool = actor_profile(cluster.nodes, spec.pool, self.job.preset, spec.unit.max_images)
-        if not pool.room:
-            self.watcher.note(
-                f"no node has room for an actor of {pool.cpus_per_actor:g} CPUs and {pool.gpus_per_actor:g} "
-                "GPUs now: waiting for nodes that join. Without an autoscaler that is for ever: stop it, "
-                "and lower pool.cpus_per_actor or pool.gpus_per_actor."
-            )
-        return pool
+
+        def plan(nodes: Sequence[Mapping[str, float]]) -> PoolPlan:
+            return actor_profile(nodes, spec.pool, self.job.preset, spec.unit.max_images)
+
+        try:
+            return plan(cluster.nodes)
+        except NoRoomError as error:
+            wait_s = spec.pool.wait_for_nodes_s
+            if wait_s is None:
+                raise
+            grown = wait_for_nodes(least_room(spec.pool), wait_s, self.watcher.note)
+            if grown is None:
+                raise NoRoomError(f"no nodes came within {wait_s:.0f} s: {error}") from None
+            return plan(grown.nodes)
 
     def _commit(self) -> None:
         """Commit whole: cut in two by a signal, it would take its own commit for another run's."""

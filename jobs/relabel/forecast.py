@@ -18,7 +18,7 @@ import pyarrow as pa
 import ray
 import torch
 
-from cluster.profiles import PoolPlan, actor_profile
+from cluster.profiles import NoRoomError, PoolPlan, actor_profile
 from cluster.session import ClusterInfo, cluster_address, connect, local_cpus, shutdown
 from jobs.infer.job import Job, prepare
 from jobs.infer.label import Labeler, Replica
@@ -93,7 +93,8 @@ def run_forecast(spec: RelabelSpec, sample: int = DEFAULT_SAMPLE) -> Forecast:
         for part in night.passes:
             with part.compare(shards, table) as work:
                 forecast.passes.append(_forecast_pass(part.job, work, cluster, sample))
-            forecast.actors = max(forecast.actors, _pool(part.job, cluster).actors)
+            pool = _pool(part.job, cluster)
+            forecast.actors = max(forecast.actors, 0 if pool is None else pool.room)
     _reckon(forecast, spec)
     return forecast
 
@@ -110,8 +111,8 @@ def _forecast_pass(job: Job, work: Worklist, cluster: ClusterInfo, sample: int) 
     counts, rate, measured = work.counts, None, None
     if sample and work.has_tasks:
         pool = _pool(job, cluster)
-        measured = _measure(job, pool, work.tasks(), sample)
-        rate = None if measured is None else pool.actors * _BUSY_SHARE / measured.seconds
+        measured = None if pool is None else _measure(job, pool, work.tasks(), sample)
+        rate = None if pool is None or measured is None else pool.room * _BUSY_SHARE / measured.seconds
     if work.has_tasks and not counts.to_do:
         # Shards of a source of which none was read yet: by the sample's size, or at least an image each.
         shards = [task.shard.num_bytes for task in work.tasks()]
@@ -187,8 +188,14 @@ def _cluster(job: Job) -> ClusterInfo:
     return ClusterInfo(({"CPU": cpus, "GPU": gpus},), True)
 
 
-def _pool(job: Job, cluster: ClusterInfo) -> PoolPlan:
-    return actor_profile(cluster.nodes, job.spec.pool, job.preset, job.spec.unit.max_images)
+def _pool(job: Job, cluster: ClusterInfo) -> PoolPlan | None:
+    """None where a run would wait for its nodes: nothing can be measured on them yet."""
+    try:
+        return actor_profile(cluster.nodes, job.spec.pool, job.preset, job.spec.unit.max_images)
+    except NoRoomError:
+        if job.spec.pool.wait_for_nodes_s is None:
+            raise
+        return None
 
 
 def _reckon(forecast: Forecast, spec: RelabelSpec) -> None:

@@ -19,6 +19,7 @@ from pathlib import Path
 
 from ray.util import get_node_ip_address
 
+from cluster.ray_settings import RAY_SETTINGS
 from tests.chaos.harness import CREDENTIALS, ROOT, Ended, Job, parent, processes
 from tests.integration.conftest import free_ports
 
@@ -68,8 +69,7 @@ class RayCluster:
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN_PATH": str(self.folder / "token"),
             "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
-            "RAY_USAGE_STATS_ENABLED": "0",
-            "RAY_worker_niceness": "0",  # at Ray's 15, workers starve beside anything else the machine does
+            **RAY_SETTINGS,
             **self.settings,
         }
 

@@ -27,7 +27,7 @@ from tests.chaos.ray_cluster import Node, RayCluster, RayDriver, ray_cluster
 pytestmark = [pytest.mark.chaos, pytest.mark.timeout(1800)]
 
 ACTORS = "MapWorker(MapBatches(_LabelActor))"
-READERS = "MapBatches(UnitReader"
+READERS = "ReadUnits"
 WRITERS = "MapBatches(FragmentWriter"
 FRAGMENTS = "/labels/model_id"
 TWO_ACTORS = ("pool.min_actors=2", "pool.max_actors=2")
@@ -169,6 +169,53 @@ def test_a_lost_node_and_an_added_one_do_not_stop_a_run(
     table = read_table(job.lake, disk)
     print(f"{len(table.orphan_rows)} orphaned rows; {ended.summary['images_by_node']}")
     assert reference.verdict(table, images) == []
+
+
+def test_actors_on_cpus_alone_go_on_reading_whichever_node_is_lost(
+    reference: Reference, tmp_path: Path, disk: Storage
+) -> None:
+    """An actor of a lost node is started again wherever its CPUs are free."""
+    images = reference.first(30)
+    source = write_source(tmp_path / "images", make_source("tar", images, num_shards=15))
+    job = Job(source, str(tmp_path / "lake"), max_images=1, every_images=3)
+    with ray_cluster() as cluster:
+        cluster.start_head(num_cpus=2)
+        lost = [cluster.add_node(num_cpus=2) for _ in range(2)]
+        driver = cluster.driver(job)
+        for node in lost:
+            before = len(read_table(job.lake, disk).rows)
+            assert wait_until(lambda: len(read_table(job.lake, disk).rows) >= before + 3, driver)  # noqa: B023
+            node.kill()
+        ended = driver.wait(DRIVER_TIMEOUT_S)
+        assert ended.status == 0, ended.stderr
+    assert ended.summary["actors"] == 3
+    assert reference.verdict(read_table(job.lake, disk), images) == []
+
+
+def test_a_run_waits_for_the_nodes_that_it_wants_and_grows_with_those_that_come(
+    tmp_path: Path, disk: Storage
+) -> None:
+    images = make_images(150)
+    source = write_source(tmp_path / "images", make_source("tar", images, num_shards=30))
+    slow = ("model.min_size_px=512", "model.max_size_px=640")
+    settings = (*slow, "pool.min_actors=2", "pool.max_actors=3", "pool.wait_for_nodes_s=4m")
+    job = Job(source, str(tmp_path / "lake"), max_images=1, every_images=3, settings=settings)
+    with ray_cluster() as cluster:
+        cluster.start_head(num_cpus=2)
+        refused = cluster.driver(replace(job, settings=("pool.min_actors=2", "pool.wait_for_nodes_s=5")))
+        ended = refused.wait(DRIVER_TIMEOUT_S)
+        assert ended.status == 2
+        assert "no nodes came within 5 s: the cluster has 2 CPUs" in ended.stderr.splitlines()[-1]
+        driver = cluster.driver(job)
+        assert wait_until(lambda: "waiting up to 240 s for nodes with room for" in driver.stderr, driver)
+        cluster.add_node(num_cpus=2)
+        assert wait_until(lambda: len(read_table(job.lake, disk).rows) >= 3, driver)
+        cluster.add_node(num_cpus=2)
+        ended = driver.wait(DRIVER_TIMEOUT_S)
+        assert ended.status == 0, ended.stderr
+    assert ended.summary["actors"] == 2
+    assert len(ended.summary["images_by_node"]) == 3
+    assert judge(read_table(job.lake, disk), list(images.values())) == []
 
 
 def test_a_lost_head_ends_the_run_and_the_rerun_on_another_cluster_finishes(

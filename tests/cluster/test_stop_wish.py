@@ -61,7 +61,7 @@ def test_a_wish_reaches_the_driver_and_its_actor_ends_with_it(
     assert time.monotonic() - brought < 5
 
 
-@pytest.mark.parametrize("names_found, said", [(1, None), (9, "does not answer")])
+@pytest.mark.parametrize(("names_found", "said"), [(1, None), (9, "does not answer")])
 def test_an_actor_that_is_gone_before_it_answers_was_told(
     names_found: int, said: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
