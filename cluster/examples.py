@@ -127,7 +127,12 @@ def spec(job: str, cloud: Cloud) -> dict[str, Any]:
             },
             "model": {"uri": "alias:champion"},
             "out": {"uri": f"{training}/2026-11"},
-            "scaling": {"num_workers": "2..8", "use_gpu": True, "cpus_per_worker": 6},
+            "scaling": {
+                "num_workers": "2..8",
+                "use_gpu": True,
+                "cpus_per_worker": 6,
+                "wait_for_nodes_s": "30m",
+            },
             "checkpoint": {"every_s": 300},
             "evaluate": {"data": {"uri": f"coco:{truth}/val.json", "images": photos}, "every_steps": 2000},
             "register_as": {"name": "people", "lake": lake},

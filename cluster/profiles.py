@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from cluster.growing import NoRoomError
 from schemas.errors import UsageError
 from schemas.specs import PoolSpec
 
@@ -42,10 +43,6 @@ _MOST_CPUS_PER_GPU_ACTOR = 8.0
 _CPUS_PER_CPU_ACTOR = 2.0
 # Not measured: convolutions of one image gain little from more.
 _MOST_THREADS = 8
-
-
-class NoRoomError(UsageError):
-    """The nodes that there are have no room for the actors that are wanted."""
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from schemas.spec_fields import (
     Count,
     CountOrAuto,
     CpusOrAuto,
+    Duration,
     Flag,
     Fraction,
     Name,
@@ -166,6 +167,11 @@ class ScalingSpec(Section):
     num_workers: Workers = Field(default=1, description="a number, or a range such as 2..8 for what there is")
     use_gpu: Flag | Literal["auto"] = Field(default="auto", description="auto: where the cluster has any")
     cpus_per_worker: CpusOrAuto = Field(default="auto", description="auto: sized to the cluster")
+    wait_for_nodes_s: Duration | None = Field(
+        default=None,
+        description="such as 30m: where there is no room for the workers yet, ask for nodes and wait so "
+        "long; null: refuse",
+    )
     loader_threads: CountOrAuto = Field(default="auto", description="decode and augment ahead, a worker")
     max_failures: CountOrZero = Field(default=8, description="lost workers or nodes after which the run ends")
 

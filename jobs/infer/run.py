@@ -22,8 +22,8 @@ from types import FrameType
 import yaml
 from ray.exceptions import RayError
 
-from cluster.growing import wait_for_nodes
-from cluster.profiles import NoRoomError, PoolPlan, actor_profile, least_room
+from cluster.growing import planned_with_room
+from cluster.profiles import PoolPlan, actor_profile, least_room
 from cluster.session import ClusterInfo, connect, shutdown
 from cluster.stop_wish import stoppable
 from jobs.infer.books import Books
@@ -291,16 +291,9 @@ class _Run:
         def plan(nodes: Sequence[Mapping[str, float]]) -> PoolPlan:
             return actor_profile(nodes, spec.pool, self.job.preset, spec.unit.max_images)
 
-        try:
-            return plan(cluster.nodes)
-        except NoRoomError as error:
-            wait_s = spec.pool.wait_for_nodes_s
-            if wait_s is None:
-                raise
-            grown = wait_for_nodes(least_room(spec.pool), wait_s, self.watcher.note)
-            if grown is None:
-                raise NoRoomError(f"no nodes came within {wait_s:.0f} s: {error}") from None
-            return plan(grown.nodes)
+        return planned_with_room(
+            plan, cluster, least_room(spec.pool), spec.pool.wait_for_nodes_s, self.watcher.note
+        )
 
     def _commit(self) -> None:
         """Commit whole: cut in two by a signal, it would take its own commit for another run's."""

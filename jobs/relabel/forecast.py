@@ -18,7 +18,8 @@ import pyarrow as pa
 import ray
 import torch
 
-from cluster.profiles import NoRoomError, PoolPlan, actor_profile
+from cluster.growing import NoRoomError
+from cluster.profiles import PoolPlan, actor_profile
 from cluster.session import ClusterInfo, cluster_address, connect, local_cpus, shutdown
 from jobs.infer.job import Job, prepare
 from jobs.infer.label import Labeler, Replica

@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cluster.profiles import NoRoomError, PoolPlan, actor_profile, least_room
+from cluster.growing import NoRoomError
+from cluster.profiles import PoolPlan, actor_profile, least_room
 from schemas.errors import UsageError
 from schemas.specs import PoolSpec
 

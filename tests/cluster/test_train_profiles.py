@@ -2,9 +2,9 @@
 
 import pytest
 
+from cluster.growing import NoRoomError
 from cluster.session import ClusterInfo
-from cluster.train_profiles import TrainPlan, train_plan
-from schemas.errors import UsageError
+from cluster.train_profiles import TrainPlan, least_train_room, train_plan
 from schemas.spec_loader import parse_spec
 from schemas.train_spec import TrainSpec
 
@@ -42,16 +42,35 @@ def cluster(num_cpus: float, num_gpus: float = 0, num_nodes: int = 1) -> Cluster
 def test_every_auto_becomes_a_number_that_fits(
     info: ClusterInfo, scaling: dict[str, object], wanted: TrainPlan
 ) -> None:
-    assert train_plan(info, spec(**scaling)) == wanted
+    assert train_plan(info.nodes, spec(**scaling)) == wanted
 
 
 @pytest.mark.parametrize(
     ("scaling", "problem"),
     [
         ({"num_workers": 2, "use_gpu": True}, "wants 2 GPUs and the cluster has 1"),
-        ({"num_workers": 3, "cpus_per_worker": 4}, "3 workers of 4 CPUs do not fit a cluster of 8"),
+        (
+            {"num_workers": 3, "cpus_per_worker": 4},
+            "3 workers of 4 CPUs, and the nodes, the largest of 8 CPUs, have room for 2",
+        ),
     ],
 )
 def test_workers_that_would_never_start_are_refused(scaling: dict[str, object], problem: str) -> None:
-    with pytest.raises(UsageError, match=problem):
-        train_plan(cluster(8, 1), spec(**scaling))
+    with pytest.raises(NoRoomError, match=problem):
+        train_plan(cluster(8, 1).nodes, spec(**scaling))
+
+
+def test_a_worker_fits_on_one_node() -> None:
+    nodes = [{"CPU": 64.0}, {"CPU": 7.0, "GPU": 1.0}, {"CPU": 7.0, "GPU": 1.0}]
+    assert train_plan(nodes, spec(num_workers="1..2")) == TrainPlan(1, 2, True, 7.0, 7, 7)
+    assert train_plan([{"CPU": 7.0}, {"CPU": 1.0}], spec(num_workers=2)).cpus_per_worker == 3
+    with pytest.raises(NoRoomError, match="2 workers of 8 CPUs and a GPU, and the nodes, the largest of 64"):
+        train_plan(nodes, spec(num_workers=2, cpus_per_worker=8))
+
+
+def test_an_autoscaler_is_asked_for_the_fewest_workers() -> None:
+    assert (
+        least_train_room(spec(num_workers="2..8", use_gpu=True, cpus_per_worker=6))
+        == [{"CPU": 6, "GPU": 1}] * 2
+    )
+    assert least_train_room(spec()) == [{"CPU": 1}]
