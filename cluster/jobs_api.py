@@ -7,6 +7,7 @@ RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH). Leaves: Ray's JobDetails, logs as text, 
 from __future__ import annotations
 
 import logging
+import os
 import re
 import socket
 import ssl
@@ -30,6 +31,7 @@ _TIMEOUT_S = (5.0, 20.0)
 # The agent that takes jobs comes up seconds after the dashboard that hands them on.
 _AGENT_WAIT_S = 60.0
 _AGENT_RETRY_S = 2.0
+_TRUSTED = "REQUESTS_CA_BUNDLE"
 _SUBMISSION_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,99}")
 
 
@@ -44,13 +46,17 @@ class JobsApi:
         """Nothing is asked yet.
 
         Raises:
-            UsageError: not the address of a dashboard, or Ray is told to use a token and finds none.
+            UsageError: not the address of a dashboard, or there is no token where Ray, or no authority where
+                we are told to use one.
         """
         self.address = checked_address(address)
         try:
             self._client = _Client(self.address)
         except AuthenticationError as error:
             raise UsageError(f"{str(error).split('. ')[0]}. {_TOKEN_REMEDY}") from None
+        except FileNotFoundError:
+            named = os.environ[_TRUSTED]
+            raise UsageError(f"{named}, which {_TRUSTED} names, is not there") from None
 
     def check_version(self) -> None:
         """Refuse a cluster of another Ray: its driver would join, or read our request, in ways not tested.
@@ -164,8 +170,7 @@ class JobsApi:
         except requests.exceptions.SSLError as error:
             if "CERTIFICATE_VERIFY_FAILED" in str(error):
                 raise UsageError(
-                    f"the certificate of {address} is of nobody that is trusted here: set REQUESTS_CA_BUNDLE "
-                    "to a "
+                    f"the certificate of {address} is of nobody that is trusted here: set {_TRUSTED} to a "
                     "file with its authority's"
                 ) from None
             raise UsageError(
@@ -237,7 +242,8 @@ class _Client(JobSubmissionClient):
         logging.getLogger("ray.dashboard.modules.job.sdk").setLevel(logging.WARNING)
         # JobSubmissionClient's own takes RAY_ADDRESS for better than the address it was given, and asks at
         # once.
-        SubmissionClient.__init__(self, address)
+        # The log's connection is aiohttp's, which does not know the variable of requests by itself.
+        SubmissionClient.__init__(self, address, verify=os.environ.get(_TRUSTED) or True)
         self._client_ray_version = ray.__version__
 
     def _do_request(self, method: str, endpoint: str, **kwargs: Any) -> requests.Response:

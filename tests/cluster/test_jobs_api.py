@@ -6,20 +6,17 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
 import ray
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.x509.oid import NameOID
 
 from cluster import jobs_api
 from cluster.jobs_api import ClusterUnreachableError, JobsApi, checked_address
 from schemas.errors import MasklakeError, UsageError
 from tests.submit.fake_dashboard import LOST, FakeDashboard, details, serving
+from tests.submit.tls_relay import localhost_certificate, tls_relay
 
 
 @pytest.fixture
@@ -62,25 +59,7 @@ def talking(converse: Callable[[socket.socket], None]) -> Iterator[str]:
 @pytest.fixture
 def tls(tmp_path: Path) -> ssl.SSLContext:
     """A server's context with a certificate that nobody trusts."""
-    key = ec.generate_private_key(ec.SECP256R1())
-    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "localhost")])
-    now = datetime.now(UTC)
-    certificate = (
-        x509.CertificateBuilder()
-        .subject_name(name)
-        .issuer_name(name)
-        .public_key(key.public_key())
-        .serial_number(1)
-        .not_valid_before(now - timedelta(days=1))
-        .not_valid_after(now + timedelta(days=1))
-        .sign(key, hashes.SHA256())
-    )
-    pem = serialization.Encoding.PEM
-    secret = key.private_bytes(pem, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
-    (tmp_path / "pem").write_bytes(certificate.public_bytes(pem) + secret)
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(tmp_path / "pem")
-    return context
+    return localhost_certificate(tmp_path)[1]
 
 
 @pytest.mark.parametrize(
@@ -175,6 +154,21 @@ def test_https_where_http_is_spoken_names_http(dashboard: FakeDashboard) -> None
 def test_a_certificate_of_nobodys_is_told(tls: ssl.SSLContext) -> None:
     with talking(lambda raw: tls.wrap_socket(raw, server_side=True).close()) as place:
         assert "REQUESTS_CA_BUNDLE" in refusal(f"https://{place}", UsageError)
+
+
+def test_a_certificate_of_an_authority_of_ones_own_is_taken(
+    dashboard: FakeDashboard, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trusted, context = localhost_certificate(tmp_path)
+    server = urlsplit(dashboard.address)
+    with tls_relay(context, str(server.hostname), int(server.port or 0)) as address:
+        refusal(address, UsageError)
+        monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(trusted))
+        JobsApi(address).check_version()
+        monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(tmp_path / "nowhere.pem"))
+        with pytest.raises(UsageError, match=r"nowhere\.pem, which REQUESTS_CA_BUNDLE names, is not there"):
+            JobsApi(address)
+    assert dashboard.asked == ["GET /api/version"]
 
 
 @pytest.mark.parametrize(
