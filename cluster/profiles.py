@@ -4,7 +4,7 @@ Enters: what the cluster has, the spec's pool section. Leaves: a PoolPlan withou
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -143,18 +143,19 @@ def _cpus_per_actor(
     nodes: Sequence[Mapping[str, float]], special: Mapping[str, float], pool: PoolSpec
 ) -> float:
     """CPUs, in hundredths, that an actor books: as many as leave _KEPT_CPUS on each node that has actors."""
-    kinds = [dict(kind) for kind in {tuple(sorted(node.items())) for node in nodes}]
+    kinds = {tuple(node.get(name, 0.0) for name in ("CPU", *special)): node for node in nodes}
 
     def fitting(hundredths: range) -> Iterator[tuple[float, int]]:
         """Amounts that leave every node its room, each with the actors that fit."""
         for cpus in (number / 100 for number in hundredths):
-            room = _room(nodes, {"CPU": cpus, **special})
-            if room and cpus not in (READ_CPUS, WRITE_CPUS) and _leaves_room(kinds, special, cpus):
-                yield cpus, room
+            amounts = {"CPU": cpus, **special}
+            if cpus not in (READ_CPUS, WRITE_CPUS) and _leaves_room(kinds.values(), amounts):
+                yield cpus, _room(nodes, amounts)
 
     if pool.cpus_per_actor != "auto":  # a little more, where so many would fill a node
         asked = round(pool.cpus_per_actor * 100)
-        return next((cpus for cpus, _ in fitting(range(asked, asked + 100))), pool.cpus_per_actor)
+        fits = (cpus for cpus, room in fitting(range(asked, asked + 100)) if room)
+        return next(fits, pool.cpus_per_actor)
     most = _MOST_CPUS_PER_GPU_ACTOR if "GPU" in special else _CPUS_PER_CPU_ACTOR
     places = sum(_places(node, special) for node in nodes)
     wanted = places if pool.max_actors is None else min(places, pool.max_actors)
@@ -178,11 +179,11 @@ def _places(node: Mapping[str, float], special: Mapping[str, float]) -> int:
     return int(min(max(1.0, cpus // _CPUS_PER_CPU_ACTOR), _slots(node, special)))
 
 
-def _leaves_room(kinds: Sequence[Mapping[str, float]], special: Mapping[str, float], cpus: float) -> bool:
+def _leaves_room(nodes: Iterable[Mapping[str, float]], amounts: Mapping[str, float]) -> bool:
     """Whether a node that is as full of actors as Ray can make it still has _KEPT_CPUS."""
-    for node in kinds:
-        slots = _slots(node, {"CPU": cpus, **special})
-        if slots and node["CPU"] - slots * cpus < _KEPT_CPUS - _ROUNDING:
+    for node in nodes:
+        slots = _slots(node, amounts)
+        if slots and node["CPU"] - slots * amounts["CPU"] < _KEPT_CPUS - _ROUNDING:
             return False
     return True
 
