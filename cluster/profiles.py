@@ -149,13 +149,14 @@ def _cpus_per_actor(
         """Amounts that leave every node its room, each with the actors that fit."""
         for cpus in (number / 100 for number in hundredths):
             amounts = {"CPU": cpus, **special}
-            if cpus not in (READ_CPUS, WRITE_CPUS) and _leaves_room(kinds.values(), amounts):
-                yield cpus, _room(nodes, amounts)
+            if cpus in (READ_CPUS, WRITE_CPUS) or not _leaves_room(kinds.values(), amounts):
+                continue
+            if room := _room(nodes, amounts):
+                yield cpus, room
 
     if pool.cpus_per_actor != "auto":  # a little more, where so many would fill a node
         asked = round(pool.cpus_per_actor * 100)
-        fits = (cpus for cpus, room in fitting(range(asked, asked + 100)) if room)
-        return next(fits, pool.cpus_per_actor)
+        return next((cpus for cpus, _ in fitting(range(asked, asked + 100))), pool.cpus_per_actor)
     most = _MOST_CPUS_PER_GPU_ACTOR if "GPU" in special else _CPUS_PER_CPU_ACTOR
     places = sum(_places(node, special) for node in nodes)
     wanted = places if pool.max_actors is None else min(places, pool.max_actors)
