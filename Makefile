@@ -5,10 +5,10 @@ INSTALLED := .venv/.installed
 BENCHMARKS := $(sort $(wildcard benchmarks/*.py))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-s3 chaos check bench
+.PHONY: help setup demo test test-slow test-s3 test-versions chaos check bench
 
 help: ## this list
-	@sed -nE 's/^([a-z0-9-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
+	@sed -nE 's/^([a-z0-9-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 22
 
 setup: $(INSTALLED) ## .venv with masklake and everything that develops it
 
@@ -30,6 +30,11 @@ test-slow: setup ## the tests that take longest: ONNX, GPU kernels in an interpr
 
 test-s3: setup ## the tests against Ceph RGW, a real S3 server
 	@$(BIN)/python -m pytest -q -m s3
+
+# make test-versions ROWS='lowest-3.11 pinned-3.12' takes these rows of its matrix.
+ROWS ?=
+test-versions: setup ## part of the quick suite against other versions: environments of 7 GB, an hour
+	@$(BIN)/python tests/versions.py $(ROWS)
 
 # make chaos SEED=41 SCHEDULES=1 ONLY=random_schedules plays one schedule of kills again.
 SEED ?= 1
