@@ -21,9 +21,10 @@ import ray.train
 from ray.train.torch import TorchTrainer, get_device
 from ray.train.v2.api.config import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 
+from cluster.growing import planned_with_room
 from cluster.session import connect, shutdown
 from cluster.stop_wish import stoppable
-from cluster.train_profiles import TrainPlan, train_plan
+from cluster.train_profiles import TrainPlan, least_train_room, train_plan
 from jobs.lake.lease import Lease
 from jobs.lake.models import read_checkpoint_bytes
 from jobs.lake.registry import ModelRegistry
@@ -36,6 +37,7 @@ from jobs.train.metrics import EvalMetrics, StepMetrics
 from jobs.train.metrics_export import MetricsExport
 from jobs.train.metrics_log import MetricsLog, read_history
 from jobs.train.own_address import OwnAddressConfig
+from jobs.train.preemption import ask_ray_train
 from jobs.train.recipe import Recipe, make_recipe
 from jobs.train.report import DataFacts, RunFacts, write_report
 from jobs.train.run_record import RunRecord, new_run_id, read_record
@@ -166,7 +168,13 @@ class _Driver:
         group = WatcherGroup(self.watcher, [outcome, log, export, *trackers])
         cluster = connect()
         try:
-            plan = train_plan(cluster, self.spec)
+            plan = planned_with_room(
+                lambda nodes: train_plan(nodes, self.spec),
+                cluster,
+                least_train_room(self.spec),
+                self.spec.scaling.wait_for_nodes_s,
+                self.watcher.note,
+            )
             if not plan.use_gpu and self.record.config["norm"] == "sync_bn":
                 raise UsageError(
                     "model.norm sync_bn is for GPUs, and this run has none; take frozen_bn, bn or gn, and "
@@ -320,7 +328,7 @@ def _train_on_ray(config: dict[str, Any]) -> None:
         return
     workers = Workers.joined(get_device())
     try:
-        train(config["job"], workers, sender)
+        train(config["job"], workers, sender, ask_ray_train)
         if workers.rank == 0:
             sender.ended("done")
     except (FloatingPointError, MemoryError, TrainingStateError, UsageError) as error:

@@ -32,6 +32,7 @@ from jobs.train.image_locations import ImageReader
 from jobs.train.image_order import ImageOrder
 from jobs.train.metrics import EvalMetrics, StepMetrics
 from jobs.train.optimizer import AveragedWeights, make_optimizer
+from jobs.train.preemption import Ask, PreemptionWarnings, ask_nobody
 from jobs.train.recipe import Recipe
 from jobs.train.run_record import RunRecord
 from jobs.train.state import Progress, TrainingStateError, restore, snapshot
@@ -82,11 +83,14 @@ class WorkerJob:
     log_every_s: float = 1.0
 
 
-def train(job: WorkerJob, workers: Workers, watcher: TrainWatcher) -> Progress:
+def train(
+    job: WorkerJob, workers: Workers, watcher: TrainWatcher, ask_preemption: Ask = ask_nobody
+) -> Progress:
     """Take the run to its end.
 
     Args:
         watcher: told of steps by worker 0 only, of images that cannot be read by each.
+        ask_preemption: asked by worker 0 after each step; a node that goes is worth a checkpoint.
 
     Raises:
         DivergedError: the loss is not a number. Checkpoints from before stay.
@@ -95,14 +99,17 @@ def train(job: WorkerJob, workers: Workers, watcher: TrainWatcher) -> Progress:
         StorageError: data or checkpoints cannot be reached.
     """
     torch.set_num_threads(job.torch_threads)
-    return _Run(job, workers, watcher).work()
+    return _Run(job, workers, watcher, PreemptionWarnings(ask_preemption)).work()
 
 
 class _Run:
-    def __init__(self, job: WorkerJob, workers: Workers, watcher: TrainWatcher) -> None:
+    def __init__(
+        self, job: WorkerJob, workers: Workers, watcher: TrainWatcher, preemptions: PreemptionWarnings
+    ) -> None:
         self._job = job
         self._workers = workers
         self._watcher = watcher
+        self._preemptions = preemptions
         self._recipe = job.recipe
         config = MaskRCNNConfig.from_dict(job.record.config)
         # Fresh weights are drawn and then replaced by the checkpoint's; channels_last is what convolves fast.
@@ -148,8 +155,9 @@ class _Run:
             every = self._job.spec.evaluate.every_steps
             if not is_last and every is not None and (step + 1) % every == 0 and self._evaluate():
                 break
-            if self._is_first and not is_last and self._is_checkpoint_due():
-                self._check_finite()
+            # Weights that went wrong are not kept; the next look, which all take, says so.
+            is_due = self._is_first and not is_last and self._is_checkpoint_due()
+            if is_due and self._first_not_finite() is None:
                 self._save()
         if self._unreadable:
             told = ", ".join(f"{count:,} {kind}" for kind, count in self._unreadable.items())
@@ -205,14 +213,21 @@ class _Run:
         ).starting_at(first)
 
     def _check_finite(self) -> None:
-        """Look at the steps since the last look; the first that went wrong is the one to name."""
-        taken, self._unchecked = self._unchecked, []
-        if not taken:
-            return
-        values = torch.stack([torch.stack([step.loss, step.norm]) for step in taken]).tolist()
-        for step, (loss, norm) in zip(taken, values, strict=True):
+        """Look at the steps since the last look. All workers at the same step: an end is told of together."""
+        bad = self._first_not_finite()
+        if bad is not None:
+            self._diverged(*bad)
+
+    def _first_not_finite(self) -> tuple[_Taken, float] | None:
+        """The first step since the last look that went wrong, which is the one to name, and its loss."""
+        if not self._unchecked:
+            return None
+        values = torch.stack([torch.stack([step.loss, step.norm]) for step in self._unchecked]).tolist()
+        for step, (loss, norm) in zip(self._unchecked, values, strict=True):
             if not math.isfinite(loss) or not math.isfinite(norm):
-                self._diverged(step, loss)
+                return step, loss
+        self._unchecked = []
+        return None
 
     def _diverged(self, taken: _Taken, loss: float) -> NoReturn:
         if self._is_first:
@@ -266,8 +281,19 @@ class _Run:
         if spec.every_steps is not None and self._progress.step % spec.every_steps == 0:
             return True
         # One that takes longer to write than every_s is not waited for by the next.
-        is_time = time.monotonic() - self._last_saved_s >= spec.every_s
-        return is_time and not self._checkpoints.is_writing
+        if self._checkpoints.is_writing:
+            return False
+        return self._is_a_node_going() or time.monotonic() - self._last_saved_s >= spec.every_s
+
+    def _is_a_node_going(self) -> bool:
+        """Whether there is news of one; said in a note."""
+        going = self._preemptions.news()
+        if going is None:
+            return False
+        self._watcher.note(
+            f"{going.told(time.time())}; a checkpoint is written at step {self._progress.step}"
+        )
+        return True
 
     def _save(self) -> None:
         self._last_saved_s = time.monotonic()

@@ -141,6 +141,7 @@ def test_wrong_credentials_are_refused(
     client.delete_bucket(Bucket="locked")
 
 
+@pytest.mark.slow
 def test_a_terminated_job_commits_what_is_finished_and_the_next_one_goes_on(tmp_path: Path) -> None:
     write_scene_lake(tmp_path, range(48), num_shards=2)
     lake = tmp_path / "lake"

@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import numpy as np
 import pytest
@@ -25,6 +26,7 @@ from jobs.lake.storage import Storage
 from jobs.submit.request import MAX_SPEC_BYTES, checked_spec, make_request
 from schemas.specs import StorageSpec
 from tests.integration.conftest import free_ports
+from tests.submit.tls_relay import localhost_certificate, tls_relay
 
 pytestmark = pytest.mark.slow
 
@@ -132,8 +134,13 @@ def image_ids(folder: Path) -> list[str]:
 def test_a_submitted_job_runs_over_all_raylets_and_commits_every_image(
     cluster: RunningCluster, tmp_path: Path
 ) -> None:
+    """Through a gateway that speaks TLS, with a certificate of its own."""
     job = spec_file(tmp_path, num_images=12)
-    submitted = masklake(cluster, "submit", "infer", str(job), "--follow", "--json")
+    trusted, context = localhost_certificate(tmp_path)
+    dashboard = urlsplit(cluster.dashboard)
+    with tls_relay(context, str(dashboard.hostname), int(dashboard.port or 0)) as address:
+        words = ("submit", "infer", str(job), "--follow", "--json", "--address", address)
+        submitted = masklake(cluster, *words, REQUESTS_CA_BUNDLE=str(trusted))
     assert submitted.returncode == 0, submitted.stdout + submitted.stderr
     (record,) = (tmp_path / "lake" / "runs").glob("*/summary.json")
     summary = json.loads(record.read_text())
@@ -183,7 +190,40 @@ def test_ctrl_c_commits_what_was_finished_and_the_next_run_goes_on(
     assert len(set(image_ids(tmp_path))) == len(image_ids(tmp_path)) == 100
 
 
-def test_a_training_that_is_asked_to_stop_says_how_far_it_came(
+def wait_for_end(cluster: RunningCluster, submission_id: str) -> str:
+    """The log of a job, once it has ended."""
+    deadline = time.monotonic() + 180
+    while json.loads(masklake(cluster, "jobs", "status", submission_id, "--json").stdout)["ended"] is None:
+        assert time.monotonic() < deadline
+        time.sleep(1)
+    return masklake(cluster, "jobs", "logs", submission_id).stdout
+
+
+def test_a_relabel_that_is_asked_to_stop_goes_on_when_it_is_submitted_again(
+    cluster: RunningCluster, tmp_path: Path
+) -> None:
+    job = spec_file(tmp_path, num_images=100)
+    settings = ["--set", "pool.min_actors=1", "--set", "commit.every_s=1000"]
+    submitted = masklake(cluster, "submit", "relabel", str(job), *settings, "--submission-id", "night-1")
+    assert submitted.returncode == 0, submitted.stderr
+    deadline = time.monotonic() + 180
+    while not re.search(r'"images": [1-9]', log := masklake(cluster, "jobs", "logs", "night-1").stdout):
+        assert time.monotonic() < deadline, log
+        time.sleep(1)
+    asked = masklake(cluster, "jobs", "stop", "night-1")
+    assert asked.returncode == 0, asked.stderr
+    assert "masklake: stopped after" in wait_for_end(cluster, "night-1")
+    num_labelled = len(image_ids(tmp_path))
+    assert 0 < num_labelled < 100
+
+    again = masklake(cluster, "submit", "relabel", str(job), "--wait", "--json")
+    assert again.returncode == 0, again.stderr
+    summary = json.loads(again.stdout)["summary"]
+    assert (summary["status"], summary["images"]) == ("up_to_date", 100 - num_labelled)
+    assert len(set(image_ids(tmp_path))) == len(image_ids(tmp_path)) == 100
+
+
+def test_a_training_that_is_asked_to_stop_goes_on_when_it_is_submitted_again(
     cluster: RunningCluster, tmp_path: Path
 ) -> None:
     job = tmp_path / "train.yaml"
@@ -191,26 +231,39 @@ def test_a_training_that_is_asked_to_stop_says_how_far_it_came(
     scenes = f"file://{tmp_path}"
     spec = {
         "data": {"scenes": {"uri": f"coco:{scenes}/annotations.json", "images": f"{scenes}/images"}},
-        "model": {"uri": "lite"},
+        "model": {"uri": "lite", "norm": "frozen_bn"},
         "out": {"uri": f"{scenes}/run"},
-        "recipe": {"name": "scenes", "steps": 100_000, "total_batch": 2, "shorter_sides": [128]},
+        "recipe": {
+            "name": "scenes",
+            "steps": 200,
+            "total_batch": 2,
+            "shorter_sides": [128],
+            "calibration_batches": 0,
+        },
         "checkpoint": {"every_s": 1},
     }
     job.write_text(yaml.safe_dump(spec))
     submitted = masklake(cluster, "submit", "train", str(job), "--submission-id", "train-1")
     assert submitted.returncode == 0, submitted.stderr
-    deadline = time.monotonic() + 120
-    while not list((tmp_path / "run").glob("checkpoints/*")):
+    deadline = time.monotonic() + 180
+    while len(list((tmp_path / "run").glob("checkpoints/*"))) < 2:  # a run begins with one
         assert time.monotonic() < deadline, masklake(cluster, "jobs", "logs", "train-1").stdout
-        time.sleep(1)
+        time.sleep(0.5)
     asked = masklake(cluster, "jobs", "stop", "train-1")
     assert asked.returncode == 0, asked.stderr
-    while json.loads(masklake(cluster, "jobs", "status", "train-1", "--json").stdout)["ended"] is None:
-        assert time.monotonic() < deadline + 60
-        time.sleep(1)
-    log = masklake(cluster, "jobs", "logs", "train-1").stdout
-    assert "masklake: stopped at step" in log
-    assert json.loads((tmp_path / "run" / "summary.json").read_text())["status"] == "interrupted"
+    assert "masklake: stopped at step" in wait_for_end(cluster, "train-1")
+    summary = tmp_path / "run" / "summary.json"
+    stopped = json.loads(summary.read_text())
+    assert stopped["status"] == "interrupted"
+    assert 0 < stopped["steps"] < 200
+
+    again = masklake(cluster, "submit", "train", str(job), "--submission-id", "train-2", "--wait")
+    assert again.returncode == 0, again.stderr
+    log = masklake(cluster, "jobs", "logs", "train-2").stdout
+    (started,) = re.findall(r'"first_step": (\d+)', log)
+    assert 0 < int(started) <= stopped["steps"]
+    finished = json.loads(summary.read_text())
+    assert (finished["status"], finished["steps"]) == ("done", 200)
 
 
 def test_what_a_cluster_cannot_do_is_said_in_one_line_with_the_drivers_exit_status(

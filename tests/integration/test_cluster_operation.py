@@ -1,4 +1,4 @@
-"""What operators see and do, on a real Ray of two nodes: metrics scraped, a node drained in mid-run."""
+"""What operators see and do, on a real Ray: metrics scraped, a node drained in mid-run."""
 
 from __future__ import annotations
 
@@ -10,23 +10,30 @@ import time
 import urllib.request
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from cluster import metrics
 from cluster.monitoring.queries import LABEL_STAGE
+from jobs.demo.lake import write_scene_lake
 from jobs.lake.storage import Storage
+from jobs.train.metrics import StepMetrics, from_json_line
+from jobs.train.metrics_log import read_history
 from schemas.specs import StorageSpec
 from tests.chaos.harness import Job, make_images, make_source, write_source
 from tests.chaos.judge import judge, read_table
-from tests.chaos.ray_cluster import RayCluster, RayDriver, ray_cluster
+from tests.chaos.ray_cluster import Node, RayCluster, RayDriver, ray_cluster
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 DISK = Storage(StorageSpec())
 DRAIN_S = 20
+# Taken while a checkpoint is written and the node ends.
+FEW_STEPS = 20
 _LINE = re.compile(r"(\w+)\{(.*)\} (\S+)")
 _LABEL = re.compile(r'(\w+)="([^"]*)"')
 _STAGE = LABEL_STAGE.split('"')[1].replace("\\\\", "\\")  # as PromQL reads the string
@@ -45,11 +52,24 @@ print(drain_nodes("{address}", {seconds}, "the cloud takes this machine", node_i
 """
 
 
-@pytest.fixture
-def cluster() -> Iterator[RayCluster]:
+@contextmanager
+def a_head(num_cpus: int) -> Iterator[RayCluster]:
     with ray_cluster(RAY_raylet_start_wait_time_s="80") as running:
-        # The actors of a node that ends come here, and reading needs a CPU beside them.
-        running.start_head(num_cpus=3)
+        running.start_head(num_cpus)
+        yield running
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[RayCluster]:
+    """Counters stay with it: at most one run of each command."""
+    with a_head(num_cpus=3) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def shrinking() -> Iterator[RayCluster]:
+    """Tests add a node and take it away again; the actors that go with it come to the head."""
+    with a_head(num_cpus=3) as running:
         yield running
 
 
@@ -87,6 +107,18 @@ def total(found: list[tuple[str, dict[str, str], float]], metric: metrics.Metric
     return sums
 
 
+def value(found: list[tuple[str, dict[str, str], float]], metric: metrics.Metric) -> float:
+    """Of a metric without labels, or of which there is one time series."""
+    (only,) = total(found, metric).values()
+    return only
+
+
+def of_command(found: list[tuple[str, dict[str, str], float]], command: str) -> list[dict[str, str]]:
+    """Labels of the runs of a command that are at work."""
+    infos = [labels for name, labels, _ in found if name == metrics.RUN_INFO.exported]
+    return [labels for labels in infos if labels["command"] == command]
+
+
 def wait_until(happened: Callable[[], object], driver: RayDriver) -> None:
     deadline = time.monotonic() + 300
     while not happened():
@@ -107,14 +139,14 @@ def test_what_is_scraped_after_a_run_is_what_its_summary_says(cluster: RayCluste
 
     def has_committed() -> bool:
         during[:] = scrape(cluster)
-        return bool(total(during, metrics.RUN_INFO))
+        return bool(of_command(during, "infer"))
 
     wait_until(has_committed, driver)
     ended = driver.wait()
     assert ended.status == 0, ended.stderr
     summary = ended.summary
-    (run,) = total(during, metrics.RUN_INFO)
-    assert run == (summary["run_id"], "infer", summary["model_id"])
+    (run,) = of_command(during, "infer")
+    assert (run["run_id"], run["model_id"]) == (summary["run_id"], summary["model_id"])
 
     deadline = time.monotonic() + 30  # Ray Data's own figures come every few seconds
     found = scrape(cluster)
@@ -132,7 +164,7 @@ def test_what_is_scraped_after_a_run_is_what_its_summary_says(cluster: RayCluste
     fragments = (tmp_path / "lake" / "labels").glob("model_id=*/*.parquet")
     written = total(found, metrics.WRITTEN_BYTES)[()]
     assert 0 < written <= sum(path.stat().st_size for path in fragments)
-    assert total(found, metrics.RUNS_ENDED) == {(summary["run_id"], "infer", "done"): 1}
+    assert total(found, metrics.RUNS_ENDED)[summary["run_id"], "infer", "done"] == 1
     label_s, network_s = (
         total(found, metric)[()] for metric in (metrics.LABEL_SECONDS, metrics.NETWORK_SECONDS)
     )
@@ -142,19 +174,111 @@ def test_what_is_scraped_after_a_run_is_what_its_summary_says(cluster: RayCluste
     assert sum(re.fullmatch(_STAGE, stage) is not None for stage in stages) == 1, stages
 
 
+def added_node(cluster: RayCluster) -> tuple[str, Node]:
+    """One of two CPUs, and its id."""
+    before = nodes(cluster).keys()
+    node = cluster.add_node(num_cpus=2)
+    (added,) = nodes(cluster).keys() - before
+    return added, node
+
+
+def training(folder: Path, steps: int, total_batch: int = 2, **changes: Any) -> list[str]:
+    """A command that trains `lite` for a while on a few scenes of 128 px."""
+    write_scene_lake(folder / "scenes", range(10_000_000, 10_000_006), 1)
+    scenes = folder / "scenes"
+    data = {"uri": f"coco:{scenes}/annotations.json", "images": f"{scenes}/images"}
+    recipe = {"name": "scenes", "steps": steps, "total_batch": total_batch, "precision": "fp32"}
+    spec = {
+        "data": {"scenes": data},
+        "model": {"uri": "lite", "norm": "frozen_bn"},
+        "out": {"uri": str(folder / "run")},
+        "recipe": recipe | {"shorter_sides": [128], "calibration_batches": 0},
+        **changes,
+    }
+    path = folder / "train.yaml"
+    path.write_text(yaml.safe_dump(spec))
+    return ["train", str(path), "--json"]
+
+
+def test_what_is_scraped_in_a_training_is_what_its_log_says(cluster: RayCluster, tmp_path: Path) -> None:
+    began = time.time()
+    driver = cluster.run("jobs.cli", training(tmp_path, steps=60, total_batch=1))
+    during: list[tuple[str, dict[str, str], float]] = []
+
+    def has_reported() -> bool:  # gauges outlive their process by 20 s
+        has_ended = not driver.runs
+        during[:] = scrape(cluster)
+        return has_ended or bool(total(during, metrics.TRAIN_STEP))
+
+    wait_until(has_reported, driver)
+    scraped = time.time()
+    ended = driver.wait()
+    assert ended.status == 0, ended.stderr
+    after = scrape(cluster)
+    of_training = {metric.exported for metric in metrics.METRICS if "_train_" in metric.name}
+    missing = of_training - {name for name, *_ in during + after}
+    assert missing == {metrics.TRAIN_NONFINITE.exported}
+
+    run_id = ended.summary["run_id"]
+    (run,) = of_command(during, "train")
+    assert (run["run_id"], run["model_id"]) == (run_id, "lite")
+    reports = {report.step: report for report in read_history(str(tmp_path / "run"), DISK).steps}
+    report = reports[int(value(during, metrics.TRAIN_STEP))]
+    assert value(during, metrics.TRAIN_LOSS) == pytest.approx(report.loss)
+    assert value(during, metrics.TRAIN_STEP_SECONDS) == pytest.approx(1 / report.images_per_s)
+    assert value(during, metrics.TRAIN_DATA_WAIT) == pytest.approx(report.data_wait_share)
+    assert value(during, metrics.TRAIN_WORKERS) == 1
+    assert began < value(during, metrics.TRAIN_LAST_REPORT) < scraped
+    for found in (during, after):
+        assert total(found, metrics.TRAIN_STARTS) == {(run_id,): 1}
+    assert total(after, metrics.RUNS_ENDED)[run_id, "train", "done"] == 1
+
+
+def test_a_node_that_is_drained_in_a_training_costs_it_few_steps(
+    shrinking: RayCluster, tmp_path: Path
+) -> None:
+    """Checkpoints are days apart, but for the one that the warning brings about."""
+    scaling = {"num_workers": "1..2", "cpus_per_worker": 2}  # one on each node
+    command = training(tmp_path, steps=100_000, scaling=scaling, checkpoint={"every_s": 1e6})
+    drained, node = added_node(shrinking)
+    driver = shrinking.run("jobs.cli", command, {"RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1"})
+    wait_until(lambda: '"loss"' in driver.stderr, driver)
+    assert drained in ask(shrinking, _DRAIN, node=drained, seconds=DRAIN_S)
+    checkpoints = tmp_path / "run" / "checkpoints"
+    wait_until(lambda: len([*checkpoints.iterdir()]) == 2, driver)  # a run begins with one
+    node.process.terminate()
+    taken: dict[int, int] = {}  # by how many workers: the last step
+
+    def has_gone_on() -> bool:
+        for path in sorted((tmp_path / "run").glob("metrics/*")):
+            for report in map(from_json_line, path.read_text().splitlines()):
+                assert isinstance(report, StepMetrics)
+                taken[report.num_workers] = max(report.step, taken.get(report.num_workers, 0))
+        return 1 in taken
+
+    wait_until(has_gone_on, driver)
+    told = [json.loads(line) for line in driver.stderr.splitlines()]
+    driver.kill()
+    (note,) = (line["note"] for line in told if "node goes in" in line.get("note", ""))
+    found = re.fullmatch(r"node goes in \d+ s: (\w{12}); a checkpoint is written at step (\d+)", note)
+    assert found is not None, note
+    assert drained.startswith(found[1])
+    written = int(found[2])
+    assert [line["first_step"] for line in told if "started" in line] == [0, written]
+    assert written <= taken[2] <= written + FEW_STEPS
+
+
 def test_a_drained_node_goes_in_mid_run_and_every_image_is_there_once(
-    cluster: RayCluster, tmp_path: Path
+    shrinking: RayCluster, tmp_path: Path
 ) -> None:
     images = make_images(300)
     source = write_source(tmp_path / "images", make_source("files", images))
     settings = ("pool.min_actors=2", "pool.max_actors=2", "model.min_size_px=192", "model.max_size_px=256")
     job = Job(source, str(tmp_path / "lake"), max_images=1, every_images=4, settings=settings)
-    (head,) = nodes(cluster)
-    node = cluster.add_node(num_cpus=2)
-    (drained,) = nodes(cluster).keys() - {head}
-    driver = cluster.driver(job)
+    drained, node = added_node(shrinking)
+    driver = shrinking.driver(job)
     wait_until(lambda: len(read_table(job.lake, DISK).rows) >= 4, driver)
-    assert drained in ask(cluster, _DRAIN, node=drained, seconds=DRAIN_S)
+    assert drained in ask(shrinking, _DRAIN, node=drained, seconds=DRAIN_S)
     before = len(read_table(job.lake, DISK).rows)
     wait_until(lambda: len(read_table(job.lake, DISK).rows) >= before + 4, driver)
     node.process.terminate()

@@ -6,6 +6,7 @@ import json
 import re
 import time
 from collections.abc import Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch.multiprocessing.spawn import start_processes
 from jobs.train import worker
 from jobs.train.batches import TrainingBatch
 from jobs.train.metrics import EvalMetrics, StepMetrics
+from jobs.train.preemption import Preemption
 from jobs.train.state import TrainingStateError
 from jobs.train.step import Stepper
 from jobs.train.worker import DivergedError, TrainingMemoryError, WorkerJob, train
@@ -63,6 +65,23 @@ def assert_same_weights(one: Path, other: Path, tolerance: float) -> None:
         assert torch.allclose(value, found[1].weights[name], atol=tolerance), name
 
 
+def saved_steps(folder: Path) -> list[int]:
+    return sorted(int(path.stem[-8:]) for path in (folder / "run/checkpoints").iterdir())
+
+
+def test_a_node_that_will_go_is_worth_one_checkpoint(
+    make_spec: MakeSpec, make_job: MakeJob, tmp_path: Path
+) -> None:
+    said = iter([None, *[Preemption(frozenset({"0123456789abcdef"}), time.time() + 1000)] * 2])
+    watcher = RecordingWatcher()
+    recipe = {"steps": 4, "total_batch": 1, "shorter_sides": [64], "calibration_batches": 0}
+    spec = make_spec(recipe=recipe, checkpoint={"every_s": 1e6, "keep": 9})
+    train(make_job(spec), ALONE, watcher, lambda: next(said))
+    assert saved_steps(tmp_path) == [0, 2, 4]  # a run begins with one and ends with one
+    (note,) = (told for told in watcher.told if isinstance(told, str))
+    assert re.fullmatch(r"node goes in \d+ s: 0123456789ab; a checkpoint is written at step 2", note)
+
+
 def test_what_a_run_leaves_behind_can_be_used(
     make_spec: MakeSpec, make_job: MakeJob, scenes: Path, tmp_path: Path
 ) -> None:
@@ -86,7 +105,7 @@ def test_what_a_run_leaves_behind_can_be_used(
 
 
 def test_a_loss_that_is_no_number_is_told_with_its_step_its_images_and_the_last_good_checkpoint(
-    make_spec: MakeSpec, make_job: MakeJob, monkeypatch: pytest.MonkeyPatch
+    make_spec: MakeSpec, make_job: MakeJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It is looked for every 20 steps; the first step that had one is named."""
     seen: list[Sequence[str]] = []
@@ -104,10 +123,10 @@ def test_a_loss_that_is_no_number_is_told_with_its_step_its_images_and_the_last_
     with pytest.raises(DivergedError) as caught:
         train(make_job(spec), ALONE, RecordingWatcher())
     told = str(caught.value)
-    assert len(seen) == 4  # it was noticed before the next checkpoint
     assert told.startswith("the loss is nan at step 3; lower recipe.learning_rate")
     assert f"its images: {', '.join(seen[2])}. The last good checkpoint is file://" in told
     assert told.endswith("/run/checkpoints/step-00000002.safetensors")
+    assert saved_steps(tmp_path) == [0, 2]  # that of step 4 would have been due
 
 
 def test_a_checkpoint_may_fall_on_a_step_that_was_looked_at(
@@ -186,6 +205,41 @@ def _work(rank: int, job: WorkerJob, size: int, folder: str) -> None:
             Path(folder, f"losses-{size}.json").write_text(json.dumps(losses(watcher)))
     finally:
         dist.destroy_process_group()
+
+
+def _diverge(rank: int, job: WorkerJob, folder: str) -> None:
+    """One process of two; the loss is no number from step 3 on."""
+    met, limit = f"file://{folder}/met", timedelta(seconds=30)
+    dist.init_process_group("gloo", init_method=met, rank=rank, world_size=2, timeout=limit)
+    step = Stepper.step
+
+    def take_step(stepper: Stepper, passes: Sequence[TrainingBatch], number: int) -> Any:
+        terms, norm = step(stepper, passes, number)
+        return {name: term * float("nan") if number >= 2 else term for name, term in terms.items()}, norm
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Stepper, "step", take_step)
+        with pytest.raises(DivergedError) as caught:
+            train(job, Workers.joined(torch.device("cpu")), RecordingWatcher())
+    Path(folder, f"told-{rank}").write_text(str(caught.value))
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_a_checkpoint_that_is_due_after_the_loss_went_wrong_keeps_no_worker_waiting(
+    make_spec: MakeSpec, make_job: MakeJob, tmp_path: Path
+) -> None:
+    """Only worker 0 knows when one is due, and the end is told of by all at once."""
+    spec = make_spec(
+        recipe={"calibration_batches": 0},
+        model={"norm": "frozen_bn"},
+        checkpoint={"every_steps": 4, "every_s": 1e6},
+    )
+    start_processes(_diverge, (make_job(spec), str(tmp_path)), nprocs=2)
+    one, other = (Path(tmp_path, f"told-{rank}").read_text() for rank in range(2))
+    assert one == other
+    assert one.startswith("the loss is nan at step 3;")
+    assert saved_steps(tmp_path) == [0]
 
 
 @pytest.mark.slow
