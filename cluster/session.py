@@ -113,7 +113,9 @@ def shutdown() -> None:
 def _quiet_environment(*, is_local: bool) -> None:
     """Settings that Ray reads from the environment alone; what the user has set stays."""
     for name, value in RAY_SETTINGS.items():
-        os.environ.setdefault(name, value)
+        # Nodes that were started without these take a driver's questions for too many, and drop its calls.
+        if is_local or not name.startswith("RAY_grpc_client_keepalive"):
+            os.environ.setdefault(name, value)
     # An actor without a GPU keeps the devices it sees; unset, Ray warns in each worker that this will change.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     # One machine alone has no node to drain, and nobody reads what the monitor looks for in its logs. Each

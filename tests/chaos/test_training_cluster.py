@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
+from cluster.ray_settings import RAY_SETTINGS
 from jobs.demo.lake import write_scene_lake
 from jobs.lake.storage import Storage
 from jobs.train.metrics_log import read_history
@@ -68,7 +69,7 @@ def test_a_lost_node_and_an_added_one_change_how_many_train(tmp_path: Path, disk
         "checkpoint": {"every_steps": CHECKPOINT_EVERY, "every_s": 10.0},
     }
     (tmp_path / "train.yaml").write_text(yaml.safe_dump(spec))
-    with ray_cluster() as cluster:
+    with ray_cluster(**RAY_SETTINGS) as cluster:
         cluster.start_head(num_cpus=1)
         lost = cluster.add_node(num_cpus=1)
         driver = cluster.run("jobs.cli", ["train", str(tmp_path / "train.yaml"), "--json"])

@@ -13,25 +13,28 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import numpy as np
 import pytest
 import yaml
 from PIL import Image
 
+from cluster.ray_settings import RAY_SETTINGS
 from jobs.demo.lake import write_scene_lake
+from jobs.lake.current import read_current
 from jobs.lake.labels_table import LabelsTable
 from jobs.lake.storage import Storage
 from jobs.submit.request import MAX_SPEC_BYTES, checked_spec, make_request
 from schemas.specs import StorageSpec
 from tests.integration.conftest import free_ports
-from tests.submit.tls_relay import localhost_certificate, tls_relay
 
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[2]
 NUM_RAYLETS = 3
+# More than are done until a stop has arrived.
+TRAIN_STEPS = 300
+RELABEL_IMAGES = 80
 BIN = Path(sys.executable).parent
 
 
@@ -54,7 +57,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningCluster
         **os.environ,
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": str(token),
-        "RAY_USAGE_STATS_ENABLED": "0",
+        **RAY_SETTINGS,
         "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
         "PYTHONPATH": str(ROOT),
         "PATH": f"{BIN}:{os.environ['PATH']}",
@@ -134,13 +137,8 @@ def image_ids(folder: Path) -> list[str]:
 def test_a_submitted_job_runs_over_all_raylets_and_commits_every_image(
     cluster: RunningCluster, tmp_path: Path
 ) -> None:
-    """Through a gateway that speaks TLS, with a certificate of its own."""
     job = spec_file(tmp_path, num_images=12)
-    trusted, context = localhost_certificate(tmp_path)
-    dashboard = urlsplit(cluster.dashboard)
-    with tls_relay(context, str(dashboard.hostname), int(dashboard.port or 0)) as address:
-        words = ("submit", "infer", str(job), "--follow", "--json", "--address", address)
-        submitted = masklake(cluster, *words, REQUESTS_CA_BUNDLE=str(trusted))
+    submitted = masklake(cluster, "submit", "infer", str(job), "--follow", "--json")
     assert submitted.returncode == 0, submitted.stdout + submitted.stderr
     (record,) = (tmp_path / "lake" / "runs").glob("*/summary.json")
     summary = json.loads(record.read_text())
@@ -190,40 +188,8 @@ def test_ctrl_c_commits_what_was_finished_and_the_next_run_goes_on(
     assert len(set(image_ids(tmp_path))) == len(image_ids(tmp_path)) == 100
 
 
-def wait_for_end(cluster: RunningCluster, submission_id: str) -> str:
-    """The log of a job, once it has ended."""
-    deadline = time.monotonic() + 180
-    while json.loads(masklake(cluster, "jobs", "status", submission_id, "--json").stdout)["ended"] is None:
-        assert time.monotonic() < deadline
-        time.sleep(1)
-    return masklake(cluster, "jobs", "logs", submission_id).stdout
-
-
-def test_a_relabel_that_is_asked_to_stop_goes_on_when_it_is_submitted_again(
-    cluster: RunningCluster, tmp_path: Path
-) -> None:
-    job = spec_file(tmp_path, num_images=100)
-    settings = ["--set", "pool.min_actors=1", "--set", "commit.every_s=1000"]
-    submitted = masklake(cluster, "submit", "relabel", str(job), *settings, "--submission-id", "night-1")
-    assert submitted.returncode == 0, submitted.stderr
-    deadline = time.monotonic() + 180
-    while not re.search(r'"images": [1-9]', log := masklake(cluster, "jobs", "logs", "night-1").stdout):
-        assert time.monotonic() < deadline, log
-        time.sleep(1)
-    asked = masklake(cluster, "jobs", "stop", "night-1")
-    assert asked.returncode == 0, asked.stderr
-    assert "masklake: stopped after" in wait_for_end(cluster, "night-1")
-    num_labelled = len(image_ids(tmp_path))
-    assert 0 < num_labelled < 100
-
-    again = masklake(cluster, "submit", "relabel", str(job), "--wait", "--json")
-    assert again.returncode == 0, again.stderr
-    summary = json.loads(again.stdout)["summary"]
-    assert (summary["status"], summary["images"]) == ("up_to_date", 100 - num_labelled)
-    assert len(set(image_ids(tmp_path))) == len(image_ids(tmp_path)) == 100
-
-
-def test_a_training_that_is_asked_to_stop_goes_on_when_it_is_submitted_again(
+@pytest.mark.timeout(900)
+def test_a_training_that_was_asked_to_stop_says_how_far_it_came_and_goes_on_from_there(
     cluster: RunningCluster, tmp_path: Path
 ) -> None:
     job = tmp_path / "train.yaml"
@@ -231,13 +197,13 @@ def test_a_training_that_is_asked_to_stop_goes_on_when_it_is_submitted_again(
     scenes = f"file://{tmp_path}"
     spec = {
         "data": {"scenes": {"uri": f"coco:{scenes}/annotations.json", "images": f"{scenes}/images"}},
-        "model": {"uri": "lite", "norm": "frozen_bn"},
+        "model": {"uri": "lite"},
         "out": {"uri": f"{scenes}/run"},
         "recipe": {
             "name": "scenes",
-            "steps": 200,
-            "total_batch": 2,
-            "shorter_sides": [128],
+            "steps": TRAIN_STEPS,
+            "total_batch": 1,
+            "shorter_sides": [64],
             "calibration_batches": 0,
         },
         "checkpoint": {"every_s": 1},
@@ -245,25 +211,70 @@ def test_a_training_that_is_asked_to_stop_goes_on_when_it_is_submitted_again(
     job.write_text(yaml.safe_dump(spec))
     submitted = masklake(cluster, "submit", "train", str(job), "--submission-id", "train-1")
     assert submitted.returncode == 0, submitted.stderr
-    deadline = time.monotonic() + 180
-    while len(list((tmp_path / "run").glob("checkpoints/*"))) < 2:  # a run begins with one
+    deadline = time.monotonic() + 120
+    while not newest_checkpoint(tmp_path / "run"):  # one of step 0 is what it begins with
         assert time.monotonic() < deadline, masklake(cluster, "jobs", "logs", "train-1").stdout
-        time.sleep(0.5)
-    asked = masklake(cluster, "jobs", "stop", "train-1")
-    assert asked.returncode == 0, asked.stderr
-    assert "masklake: stopped at step" in wait_for_end(cluster, "train-1")
-    summary = tmp_path / "run" / "summary.json"
-    stopped = json.loads(summary.read_text())
-    assert stopped["status"] == "interrupted"
-    assert 0 < stopped["steps"] < 200
+        time.sleep(0.2)
+    log = stop(cluster, "train-1")
+    stopped = re.search(r"masklake: stopped at step (\d+)", log)
+    assert stopped is not None, log
+    left = json.loads((tmp_path / "run/summary.json").read_text())
+    assert (left["status"], left["steps"]) == ("interrupted", int(stopped[1]))
+    newest = newest_checkpoint(tmp_path / "run")
 
-    again = masklake(cluster, "submit", "train", str(job), "--submission-id", "train-2", "--wait")
+    again = masklake(cluster, "submit", "train", str(job), "--wait")
     assert again.returncode == 0, again.stderr
-    log = masklake(cluster, "jobs", "logs", "train-2").stdout
-    (started,) = re.findall(r'"first_step": (\d+)', log)
-    assert 0 < int(started) <= stopped["steps"]
-    finished = json.loads(summary.read_text())
-    assert (finished["status"], finished["steps"]) == ("done", 200)
+    done = json.loads((tmp_path / "run/summary.json").read_text())
+    assert (done["run_id"], done["status"], done["steps"]) == (left["run_id"], "done", TRAIN_STEPS)
+    assert 0 < newest == done["first_step"] < TRAIN_STEPS
+
+
+def newest_checkpoint(run: Path) -> int:
+    """Its step; 0 where there is none."""
+    names = (path.stem for path in run.glob("checkpoints/step-*.safetensors"))
+    return max((int(name.removeprefix("step-")) for name in names), default=0)
+
+
+@pytest.mark.timeout(900)
+def test_a_relabelling_that_was_asked_to_stop_keeps_what_was_finished_and_the_next_one_publishes_all(
+    cluster: RunningCluster, tmp_path: Path
+) -> None:
+    job = spec_file(tmp_path, num_images=RELABEL_IMAGES)
+    slow = ["--set", "pool.min_actors=1", "--set", "pool.max_actors=1", "--set", "commit.every_s=1000"]
+    submitted = masklake(cluster, "submit", "relabel", str(job), *slow, "--submission-id", "relabel-1")
+    assert submitted.returncode == 0, submitted.stderr
+    deadline = time.monotonic() + 240
+    # A fragment that lies there is finished, and by then nothing is committed.
+    while not list((tmp_path / "lake").glob("labels/model_id=*/*.parquet")):
+        assert time.monotonic() < deadline, masklake(cluster, "jobs", "logs", "relabel-1").stdout
+        time.sleep(0.2)
+    log = stop(cluster, "relabel-1")
+    stopped = re.search(r"masklake: stopped after (\d+) images were committed", log)
+    assert stopped is not None, log
+    assert 0 < int(stopped[1]) == len(image_ids(tmp_path)) < RELABEL_IMAGES
+    status = json.loads(masklake(cluster, "jobs", "status", "relabel-1", "--json").stdout)
+    assert status["exit_code"] == 1
+    storage = Storage(StorageSpec())
+    assert read_current(LabelsTable.open(str(tmp_path / "lake"), storage)) == {}
+
+    again = masklake(cluster, "submit", "relabel", str(job), "--wait", "--json")
+    assert again.returncode == 0, again.stderr
+    assert len(set(image_ids(tmp_path))) == len(image_ids(tmp_path)) == RELABEL_IMAGES
+    (part,) = json.loads(again.stdout)["summary"]["passes"]
+    assert part["images"] == RELABEL_IMAGES - int(stopped[1])
+    (current,) = read_current(LabelsTable.open(str(tmp_path / "lake"), storage)).values()
+    assert current.model_id == part["model_id"]
+
+
+def stop(cluster: RunningCluster, submission_id: str) -> str:
+    """Ask a job to stop and wait until it has; gives its log."""
+    asked = masklake(cluster, "jobs", "stop", submission_id)
+    assert asked.returncode == 0, asked.stderr
+    deadline = time.monotonic() + 180
+    while json.loads(masklake(cluster, "jobs", "status", submission_id, "--json").stdout)["ended"] is None:
+        assert time.monotonic() < deadline
+        time.sleep(1)
+    return masklake(cluster, "jobs", "logs", submission_id).stdout
 
 
 def test_what_a_cluster_cannot_do_is_said_in_one_line_with_the_drivers_exit_status(

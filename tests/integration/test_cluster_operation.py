@@ -19,6 +19,7 @@ import yaml
 
 from cluster import metrics
 from cluster.monitoring.queries import LABEL_STAGE
+from cluster.ray_settings import RAY_SETTINGS
 from jobs.demo.lake import write_scene_lake
 from jobs.lake.storage import Storage
 from jobs.train.metrics import StepMetrics, from_json_line
@@ -54,7 +55,7 @@ print(drain_nodes("{address}", {seconds}, "the cloud takes this machine", node_i
 
 @contextmanager
 def a_head(num_cpus: int) -> Iterator[RayCluster]:
-    with ray_cluster(RAY_raylet_start_wait_time_s="80") as running:
+    with ray_cluster(RAY_raylet_start_wait_time_s="80", **RAY_SETTINGS) as running:
         running.start_head(num_cpus)
         yield running
 
@@ -245,7 +246,8 @@ def test_a_node_that_is_drained_in_a_training_costs_it_few_steps(
     wait_until(lambda: '"loss"' in driver.stderr, driver)
     assert drained in ask(shrinking, _DRAIN, node=drained, seconds=DRAIN_S)
     checkpoints = tmp_path / "run" / "checkpoints"
-    wait_until(lambda: len([*checkpoints.iterdir()]) == 2, driver)  # a run begins with one
+    # A run begins with one.
+    wait_until(lambda: len([*checkpoints.glob("step-*.safetensors")]) == 2, driver)
     node.process.terminate()
     taken: dict[int, int] = {}  # by how many workers: the last step
 
@@ -259,6 +261,7 @@ def test_a_node_that_is_drained_in_a_training_costs_it_few_steps(
     wait_until(has_gone_on, driver)
     told = [json.loads(line) for line in driver.stderr.splitlines()]
     driver.kill()
+    driver.wait()
     (note,) = (line["note"] for line in told if "node goes in" in line.get("note", ""))
     found = re.fullmatch(r"node goes in \d+ s: (\w{12}); a checkpoint is written at step (\d+)", note)
     assert found is not None, note
