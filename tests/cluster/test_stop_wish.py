@@ -47,18 +47,16 @@ def test_a_wish_reaches_the_driver_and_its_actor_ends_with_it(
 ) -> None:
     name = f"infer-{os.getpid()}"
     monkeypatch.setenv(JOB_CONFIG, json.dumps({"metadata": {"job_submission_id": name}}))
-    brought = 0.0
 
     @stoppable()
     def job() -> None:
-        nonlocal brought
-        assert bring_wish(name) is None
-        brought = time.monotonic()
-        time.sleep(30)
+        assert bring_wish(name) is None  # the wish may be heard before its answer is here
+        time.sleep(60)
 
+    began = time.monotonic()
     with pytest.raises(StoppedError):
         job()
-    assert time.monotonic() - brought < 5
+    assert time.monotonic() - began < 30
 
 
 @pytest.mark.parametrize(("names_found", "said"), [(1, None), (9, "does not answer")])
