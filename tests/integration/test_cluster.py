@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import numpy as np
 import pytest
@@ -27,6 +28,7 @@ from jobs.lake.storage import Storage
 from jobs.submit.request import MAX_SPEC_BYTES, checked_spec, make_request
 from schemas.specs import StorageSpec
 from tests.integration.conftest import free_ports
+from tests.submit.tls_relay import localhost_certificate, tls_relay
 
 pytestmark = pytest.mark.slow
 
@@ -134,11 +136,17 @@ def image_ids(folder: Path) -> list[str]:
     return [str(name) for name in table["image_id"].to_pylist()]
 
 
-def test_a_submitted_job_runs_over_all_raylets_and_commits_every_image(
+def test_a_job_submitted_over_tls_runs_over_all_raylets_and_commits_every_image(
     cluster: RunningCluster, tmp_path: Path
 ) -> None:
     job = spec_file(tmp_path, num_images=12)
-    submitted = masklake(cluster, "submit", "infer", str(job), "--follow", "--json")
+    certificate, context = localhost_certificate(tmp_path)
+    dashboard = urlsplit(cluster.dashboard)
+    with tls_relay(context, str(dashboard.hostname), int(dashboard.port or 0)) as gateway:
+        address = ["--address", gateway, "--follow", "--json"]
+        submitted = masklake(
+            cluster, "submit", "infer", str(job), *address, REQUESTS_CA_BUNDLE=str(certificate)
+        )
     assert submitted.returncode == 0, submitted.stdout + submitted.stderr
     (record,) = (tmp_path / "lake" / "runs").glob("*/summary.json")
     summary = json.loads(record.read_text())
