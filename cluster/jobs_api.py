@@ -77,8 +77,7 @@ class JobsApi:
         if _numbers(theirs) != _numbers(ours):
             raise UsageError(
                 f"the cluster at {self.address} runs Ray {theirs[:40]}, and here is Ray {ours}: submit from "
-                "an "
-                f"environment with ray=={theirs[:40]}, or start the cluster from an image with ray=={ours}"
+                f"an environment with ray=={theirs[:40]}, or start the cluster from an image with ray=={ours}"
             )
 
     def submit(
@@ -152,8 +151,7 @@ class JobsApi:
             if refused.status == 404:
                 raise UsageError(
                     f"there is no job {show(submission_id)} at {self.address}; `masklake jobs list` shows "
-                    "those "
-                    "that there are"
+                    "those that there are"
                 ) from None
             raise refused.explained(self.address) from None
 
@@ -201,8 +199,7 @@ class JobsApi:
             return UsageError(f"{address} speaks TLS: give {address.replace('http://', 'https://', 1)}")
         return _NoAnswerError(
             f"{address} takes connections and gives no answer of HTTP: wanted the port of Ray's dashboard "
-            "(8265), "
-            "not that of the cluster (6379) or of its clients (10001)"
+            "(8265), not that of the cluster (6379) or of its clients (10001)"
         )
 
 
@@ -212,8 +209,7 @@ _ADDRESS_REMEDY = (
 )
 _TOKEN_REMEDY = (
     "Set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN_PATH to a file with the cluster's (~/.ray/auth_token where "
-    "it was "
-    "started)"
+    "it was started)"
 )
 
 
@@ -268,8 +264,7 @@ def checked_address(address: str) -> str:
     if not is_address:
         raise UsageError(
             "--address is not that of a Ray dashboard, wanted http://HOST:8265 (or https://); HOST:6379 is "
-            "for "
-            "RAY_ADDRESS"
+            "for RAY_ADDRESS"
         )
     if "@" in parts.netloc or parts.query or parts.fragment:
         raise UsageError(

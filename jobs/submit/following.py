@@ -60,8 +60,7 @@ def wait_for(api: JobsApi, submission_id: str, note: Note, *, follow: bool) -> O
             tail.be_silent()
         raise JobFailedError(
             f"job {submission_id} goes on; look at it with `masklake jobs logs {submission_id} --follow "
-            "--address "
-            f"{api.address}`",
+            f"--address {api.address}`",
             _DETACHED,
         ) from None
     if tail is not None:

@@ -73,8 +73,7 @@ def _reason(job: JobDetails, log: str) -> str:
         what = f"package {missing[1]}" if missing else "masklake"
         return (
             f"the cluster's image has no {what}: start the cluster from an image with masklake "
-            "(docs/submit.md), of "
-            "the version that submits"
+            "(docs/submit.md), of the version that submits"
         )
     lines = [line.strip() for line in log.splitlines() if line.strip()]
     ours = [line for line in lines if line.startswith(_OUR_LINE)]
@@ -85,8 +84,7 @@ def _reason(job: JobDetails, log: str) -> str:
         number = -code if code < 0 else code - 128
         return (
             f"the driver of job {submission_id} was killed by signal {number} (9: often for lack of memory "
-            "on its "
-            "node); submit it again to go on from its last commit"
+            "on its node); submit it again to go on from its last commit"
         )
     if ours:
         return ours[-1].removeprefix(_OUR_LINE)[:_MAX_LINE]

@@ -68,8 +68,7 @@ def make_request(
     if size > MAX_SPEC_BYTES:
         raise UsageError(
             f"the spec is {size:,} bytes long as it is sent, and an environment variable holds "
-            f"{MAX_SPEC_BYTES:,}: name "
-            "a list in object storage, or globs, instead of writing it out"
+            f"{MAX_SPEC_BYTES:,}: name a list in object storage, or globs, instead of writing it out"
         )
     return JobRequest(
         checked_id(submission_id or new_id(job)),
@@ -110,8 +109,7 @@ def parse_variables(pairs: Sequence[str]) -> dict[str, str]:
         if _SECRET.search(name.upper()) or re.search(r"://[^/]*@", value):
             raise UsageError(
                 f"--env {name} looks like a secret, and whoever reads the cluster's dashboard reads a job's "
-                "variables: "
-                "give the nodes a role, or set it in the cluster's own environment"
+                "variables: give the nodes a role, or set it in the cluster's own environment"
             )
         if _OPERATORS.fullmatch(name.upper()):
             raise UsageError(
