@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from schemas.gate_spec import GateSpec
 from schemas.spec_fields import Count, Duration, Flag, Name, Section
@@ -69,6 +69,15 @@ class RelabelSpec(Section):
         default="auto", description="auto: once every image is labelled and the gate is passed"
     )
     price: PriceSpec = PriceSpec()
+
+    @model_validator(mode="after")
+    def _is_about_every_image(self) -> "RelabelSpec":
+        if self.failures.retry_only:
+            raise ValueError(
+                "failures.retry_only leaves images out, which a relabel does not: unset it, or use "
+                "`masklake infer`"
+            )
+        return self
 
     def infer_spec(self, model: ModelSpec | None = None) -> InferSpec:
         """The part that labels, with this model or another."""

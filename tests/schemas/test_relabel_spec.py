@@ -1,0 +1,15 @@
+"""What a relabel is asked to do, schemas/relabel_spec.py."""
+
+import pytest
+
+from schemas.errors import UsageError
+from schemas.relabel_spec import RelabelSpec
+from schemas.spec_loader import load_spec
+
+
+def test_a_relabel_leaves_no_image_out() -> None:
+    words = {"source.uri": "s3://b/images", "model.uri": "demo", "lake.uri": "s3://b/lake"}
+    retried = ["failures.retry=[timeout]"]
+    assert load_spec(RelabelSpec, None, retried, **words).failures.retry == ("timeout",)
+    with pytest.raises(UsageError, match="failures.retry_only leaves images out, which a relabel does not"):
+        load_spec(RelabelSpec, None, [*retried, "failures.retry_only=true"], **words)
