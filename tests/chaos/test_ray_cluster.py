@@ -7,6 +7,7 @@ import os
 import random
 import resource
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -16,6 +17,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from cluster.ray_settings import RAY_SETTINGS
 from jobs.lake.failpoints import VARIABLE as FAILPOINTS
 from jobs.lake.storage import Storage
 from tests.chaos.conftest import Bucket, Reference
@@ -32,6 +34,24 @@ WRITERS = "MapBatches(FragmentWriter"
 FRAGMENTS = "/labels/model_id"
 TWO_ACTORS = ("pool.min_actors=2", "pool.max_actors=2")
 DRIVER_TIMEOUT_S = 600.0
+LONG_CALL = """
+import time
+
+import ray
+
+from cluster.session import connect, shutdown
+
+
+class Sleeper:
+    def sleep(self, seconds):
+        time.sleep(seconds)
+        return f"slept {seconds} s"
+
+
+connect()
+print(ray.get(ray.remote(Sleeper).options(num_cpus=0).remote().sleep.remote(120)))
+shutdown()
+"""
 
 
 @pytest.fixture(scope="module")
@@ -241,6 +261,17 @@ def test_a_lost_head_ends_the_run_and_the_rerun_on_another_cluster_finishes(
     assert ended.status == 0, ended.stderr
     assert ended.summary["images"] == len(images) - len(before.rows)
     assert reference.verdict(read_table(job.lake, disk), images) == []
+
+
+def test_nodes_that_others_started_keep_the_long_calls_of_our_drivers(tmp_path: Path) -> None:
+    script = tmp_path / "long_call.py"
+    script.write_text(LONG_CALL)
+    with ray_cluster() as cluster:
+        for name in RAY_SETTINGS:
+            del cluster.env[name]
+        cluster.start_head(num_cpus=1)
+        ended = RayDriver([sys.executable, str(script)], cluster.env, tmp_path).wait()
+    assert (ended.status, ended.stdout) == (0, "slept 120 s\n"), ended.stderr
 
 
 def test_a_source_larger_than_the_object_store_goes_through_it(tmp_path: Path, disk: Storage) -> None:
