@@ -11,6 +11,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+_USUAL_NOTICE_S = 120.0
+
 
 @dataclass(frozen=True)
 class Preemption:
@@ -23,6 +25,10 @@ class Preemption:
 
     node_ids: frozenset[str]
     deadline_s: float | None
+
+    def end_s(self, now_s: float) -> float:
+        """Unix time of the first one's end; where nobody said, what clouds leave at most."""
+        return now_s + _USUAL_NOTICE_S if self.deadline_s is None else self.deadline_s
 
     def told(self, now_s: float) -> str:
         """In a few words."""

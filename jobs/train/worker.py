@@ -48,6 +48,8 @@ from schemas.train_spec import TrainSpec
 
 # A look at the loss waits for the device, so it is not taken at every step.
 _CHECK_EVERY_STEPS = 20
+# While a node is about to go: the steps since the newest checkpoint go with it.
+_SAVE_EVERY_S = 20.0
 _SHOWN_NAMES = 16
 # Allocations that fail on a CPU are plain RuntimeErrors.
 _OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
@@ -128,6 +130,7 @@ class _Run:
         self._unchecked: list[_Taken] = []
         self._meter = _Meter(job.recipe, workers.size, self._progress.step)
         self._last_saved_s = time.monotonic()
+        self._node_goes_s = 0.0
 
     def work(self) -> Progress:
         recipe, first = self._recipe, self._progress.step
@@ -283,16 +286,19 @@ class _Run:
         # One that takes longer to write than every_s is not waited for by the next.
         if self._checkpoints.is_writing:
             return False
-        return self._is_a_node_going() or time.monotonic() - self._last_saved_s >= spec.every_s
+        if self._is_a_node_going():
+            return True
+        every_s = min(spec.every_s, _SAVE_EVERY_S) if time.time() < self._node_goes_s else spec.every_s
+        return time.monotonic() - self._last_saved_s >= every_s
 
     def _is_a_node_going(self) -> bool:
         """Whether there is news of one; said in a note."""
         going = self._preemptions.news()
         if going is None:
             return False
-        self._watcher.note(
-            f"{going.told(time.time())}; a checkpoint is written at step {self._progress.step}"
-        )
+        now_s = time.time()
+        self._node_goes_s = max(self._node_goes_s, going.end_s(now_s))
+        self._watcher.note(f"{going.told(now_s)}; a checkpoint is written at step {self._progress.step}")
         return True
 
     def _save(self) -> None:

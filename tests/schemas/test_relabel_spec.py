@@ -11,5 +11,5 @@ def test_a_relabel_leaves_no_image_out() -> None:
     words = {"source.uri": "s3://b/images", "model.uri": "demo", "lake.uri": "s3://b/lake"}
     retried = ["failures.retry=[timeout]"]
     assert load_spec(RelabelSpec, None, retried, **words).failures.retry == ("timeout",)
-    with pytest.raises(UsageError, match="failures.retry_only leaves images out, which a relabel does not"):
+    with pytest.raises(UsageError, match=r"failures\.retry_only leaves images out, which a relabel does not"):
         load_spec(RelabelSpec, None, [*retried, "failures.retry_only=true"], **words)

@@ -17,6 +17,7 @@ from torch.multiprocessing.spawn import start_processes
 
 from jobs.train import worker
 from jobs.train.batches import TrainingBatch
+from jobs.train.checkpoints import Checkpoints
 from jobs.train.metrics import EvalMetrics, StepMetrics
 from jobs.train.preemption import Preemption
 from jobs.train.state import TrainingStateError
@@ -80,6 +81,25 @@ def test_a_node_that_will_go_is_worth_one_checkpoint(
     assert saved_steps(tmp_path) == [0, 2, 4]  # a run begins with one and ends with one
     (note,) = (told for told in watcher.told if isinstance(told, str))
     assert re.fullmatch(r"node goes in \d+ s: 0123456789ab; a checkpoint is written at step 2", note)
+
+
+@pytest.mark.parametrize(("left_s", "saved"), [(1000, [0, 2, 3, 4]), (None, [0, 2, 3, 4]), (-1, [0, 2, 4])])
+def test_until_a_node_goes_checkpoints_are_written_more_often(
+    left_s: float | None,
+    saved: list[int],
+    make_spec: MakeSpec,
+    make_job: MakeJob,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("jobs.train.worker._SAVE_EVERY_S", 0.0)
+    monkeypatch.setattr(Checkpoints, "is_writing", False)
+    deadline_s = None if left_s is None else time.time() + left_s
+    said = iter([None, *[Preemption(frozenset({"0123456789abcdef"}), deadline_s)] * 2])
+    recipe = {"steps": 4, "total_batch": 1, "shorter_sides": [64], "calibration_batches": 0}
+    spec = make_spec(recipe=recipe, checkpoint={"every_s": 1e6, "keep": 9})
+    train(make_job(spec), ALONE, RecordingWatcher(), lambda: next(said))
+    assert saved_steps(tmp_path) == saved
 
 
 def test_what_a_run_leaves_behind_can_be_used(
