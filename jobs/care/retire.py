@@ -3,16 +3,13 @@
 Enters: a lake, and models or an age. Leaves: one version of the table without these models' files. Earlier
 versions name the files as before, and read until vacuum deletes them.
 
-Files are partitioned by model_id, so whole files go. A commit names the one version that it may become, as in
-jobs/lake/rewrite.py: what was looked at before it is what it is made from, and any commit that comes first,
-with rows of such a model or another promotion, has it looked at anew.
+Files are partitioned by model_id, so whole files go. The commit is made from what was looked at right before
+it: any commit that comes first, with rows of such a model or another promotion, has it looked at anew.
 """
 
 from __future__ import annotations
 
-import random
 import time
-import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -25,20 +22,18 @@ from jobs.care.doctor import HeldLease, held_leases
 from jobs.care.vacuum import DEFAULT_GRACE_S
 from jobs.lake import failpoints
 from jobs.lake.aliases import PREFIX, Aliases, open_version
-from jobs.lake.commit import DeltaStore, app_id
+from jobs.lake.commit import app_id
+from jobs.lake.commit_on_top import commit_on_top
 from jobs.lake.current import labelled_sources, read_current
 from jobs.lake.done_images import LabelFile
 from jobs.lake.fragments import PARTITION_COLUMN
-from jobs.lake.labels_table import LabelsTable, first_line
+from jobs.lake.labels_table import LabelsTable
 from jobs.lake.model_ids import read_model_id
 from jobs.lake.rewrite import OldFile, commit_actions, remove_action
 from jobs.lake.storage import Storage
-from schemas.errors import CommitStateUnknownError, MasklakeError, StorageError, UsageError
+from schemas.errors import UsageError
 
 DEFAULT_OLDER_THAN_S = 90 * 86400.0
-# As in rewrite.py: runs at work commit once a minute.
-_MAX_ATTEMPTS = 20
-_MAX_PAUSE_S = 2.0
 
 
 @dataclass(frozen=True)
@@ -102,7 +97,7 @@ def retire(
     before = _labels_by_model(table)
     version, choice = table.version, look.choose(table, before)
     if choice.going and not dry_run:
-        version, choice = _commit_choice(table, lambda: look.choose(table, before), sleep)
+        version, choice = _take_out(table, lambda: look.choose(table, before), sleep)
     retired = [labels.to_retired() for labels in choice.going]
     return Retirement(look.lake_uri, dry_run, version, retired, choice.kept)
 
@@ -262,42 +257,30 @@ def _newest_row_at(table: LabelsTable, actions: pa.Table, model_id: str) -> date
     return newest if newest.tzinfo else newest.replace(tzinfo=UTC)
 
 
-def _commit_choice(
-    table: LabelsTable, choose: Callable[[], _Choice], sleep: Callable[[float], None]
+def _take_out(
+    table: LabelsTable, look: Callable[[], _Choice], sleep: Callable[[float], None]
 ) -> tuple[int, _Choice]:
-    """Look, take out what may go, look again. Gives the version that has it, and what it was."""
-    store = DeltaStore(table)
-    sent: dict[str, _Choice] = {}
-    failure: Exception | None = None
-    unknown = False  # whether a commit was sent and the table could not be looked at since
-    for attempt in range(_MAX_ATTEMPTS + 1):
-        try:
-            if unknown:
-                table.reopen()
-            else:
-                table.refresh()
-            for commit_id, choice in sent.items():
-                version = store.find_commit(commit_id)
-                if version is not None:
-                    return version, choice
-            unknown = False
-            choice = choose()
-            if not choice.going:
-                return table.version, choice
-            if attempt == _MAX_ATTEMPTS:
-                break
-            commit_id = uuid.uuid4().hex
-            sent[commit_id] = choice
-            unknown = True
-            failpoints.reach("retire_send")
-            _commit(table, choice, commit_id)
-            failpoints.reach("retire_put")
-        except UsageError:
-            raise
-        except Exception as error:  # another commit came first, or the store failed; the next look tells
-            failure = error
-            sleep(random.uniform(0, min(_MAX_PAUSE_S, 0.05 * 2**attempt)))
-    raise _give_up(table, failure, unknown)
+    """Take out what may go. Gives the version that has it, and what it was."""
+    seen: list[_Choice] = []
+
+    def choose() -> _Choice | None:
+        seen.append(look())
+        return seen[-1] if seen[-1].going else None
+
+    def send(choice: _Choice, commit_id: str) -> None:
+        failpoints.reach("retire_send")
+        _commit(table, choice, commit_id)
+        failpoints.reach("retire_put")
+
+    made = commit_on_top(
+        table,
+        choose,
+        send,
+        what="a commit that takes models out",
+        if_unknown="Run the same command again: it takes out what is left.",
+        sleep=sleep,
+    )
+    return (table.version, seen[-1]) if made is None else made
 
 
 def _commit(table: LabelsTable, choice: _Choice, commit_id: str) -> None:
@@ -314,19 +297,6 @@ def _commit(table: LabelsTable, choice: _Choice, commit_id: str) -> None:
         "commit_id": commit_id,
     }
     commit_actions(table, removes, metadata)
-
-
-def _give_up(table: LabelsTable, failure: Exception | None, unknown: bool) -> MasklakeError:
-    reason = first_line(failure) if failure else "it does not show up in the table"
-    if unknown:
-        return CommitStateUnknownError(
-            f"a commit that takes models out of {table.uri} was sent, and the table could not be read since: "
-            f"{reason}. Run the same command again: it takes out what is left."
-        )
-    return StorageError(
-        f"models could not be taken out of {table.uri} in {_MAX_ATTEMPTS} attempts: {reason}. The table is "
-        f"as it was; run the same command again."
-    )
 
 
 def _days(seconds: float) -> str:

@@ -7,16 +7,13 @@ the table in which other labels are current, and the list of such switches.
                        "by": "ana", "at": "2026-11-23T02:10:00+00:00", "why": "", "before": [["lite-…", …]]}}}
 
 "version" is that of the commit which wrote it. Its metadata says what it changed and names the change before,
-so that the list is read from one to the next. deltalake's own retries are off: a commit names the one version
-that it may become, and each try looks at the newest version anew.
+so that the list is read from one to the next.
 """
 
 from __future__ import annotations
 
 import json
-import random
 import time
-import uuid
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -25,12 +22,11 @@ from typing import Any, Final
 import pyarrow.compute as pc
 from deltalake import CommitProperties
 
-from jobs.lake.labels_table import LabelsTable, first_line
+from jobs.lake.commit_on_top import commit_on_top
+from jobs.lake.labels_table import LabelsTable
 from jobs.lake.storage import CorruptObjectError
 from schemas.errors import (
     CommitConflictError,
-    CommitStateUnknownError,
-    MasklakeError,
     StorageError,
     UsageError,
 )
@@ -38,9 +34,6 @@ from schemas.errors import (
 _PROPERTY: Final = "masklake.current"
 _EVENT: Final = "masklake_current"  # in a commit's metadata: promotion or rollback
 _MAX_BEFORE = 10  # models that a rollback can go back through
-# As in rewrite.py: runs at work commit once a minute.
-_MAX_ATTEMPTS = 20
-_MAX_PAUSE_S = 2.0
 
 
 @dataclass(frozen=True)
@@ -264,6 +257,7 @@ def history(table: LabelsTable) -> list[Switch]:
 
 # What a source's entry is to be: the model, and those before it.
 _Decision = tuple[ModelName, tuple[ModelName, ...]]
+_Switch = tuple[Mapping[str, CurrentModel], Mapping[str, _Decision]]
 
 
 def _is_said(said: CurrentModel | None, wanted: ModelName) -> bool:
@@ -293,47 +287,30 @@ def _switch(
     clock: Callable[[], datetime],
     sleep: Callable[[float], None],
 ) -> int:
-    """Look, commit what is decided where it is not there, look again. Gives the version that has it."""
+    """Commit what is decided where it is not there. Gives the version that has it."""
     for what, text in (("by", by), ("why", why)):
         if not text.isprintable():
             raise UsageError(f"{what} {text!r}: wanted one line without control characters.")
     seen = {source: read_current(table).get(source) for source in sources}
-    commit_id = uuid.uuid4().hex
-    searched_version = table.version
-    sent = unknown = False  # unknown: the table could not be looked at since the commit was sent
-    failure: Exception | None = None
-    for attempt in range(_MAX_ATTEMPTS + 1):
-        try:
-            if unknown:
-                table.reopen()
-            else:
-                table.refresh()
-            made = _find_commit(table, commit_id, searched_version) if sent else None
-            said = read_current(table)
-            unknown = False
-            if made is not None:
-                return made
-            _check_unswitched(table, seen, said)
-            if not (decided := decide(said)):
-                return table.version
-            if attempt == _MAX_ATTEMPTS:
-                break
-            at = clock().astimezone(UTC).isoformat(timespec="seconds")
-            sent = unknown = True
-            _commit(table, event, said, decided, by, why, at, commit_id)
-        except (UsageError, CommitConflictError):
-            raise
-        except Exception as error:  # another commit came first, or the store failed; the next look tells
-            failure = error
-            sleep(random.uniform(0, min(_MAX_PAUSE_S, 0.05 * 2**attempt)))
-    raise _give_up(table, event, failure, unknown)
 
+    def choose() -> _Switch | None:
+        said = read_current(table)
+        _check_unswitched(table, seen, said)
+        return (said, decided) if (decided := decide(said)) else None
 
-def _find_commit(table: LabelsTable, commit_id: str, searched_version: int) -> int | None:
-    """The version that a commit made, among those since another."""
-    num_new = table.version - searched_version
-    commits = table.ask("reading the log", lambda delta: delta.history(num_new)) if num_new > 0 else []
-    return next((int(commit["version"]) for commit in commits if commit.get("commit_id") == commit_id), None)
+    def send(switch: _Switch, commit_id: str) -> None:
+        at = clock().astimezone(UTC).isoformat(timespec="seconds")
+        _commit(table, event, *switch, by, why, at, commit_id)
+
+    made = commit_on_top(
+        table,
+        choose,
+        send,
+        what=f"a {event}",
+        if_unknown="Once it can, `masklake history` says whether it is there.",
+        sleep=sleep,
+    )
+    return table.version if made is None else made[0]
 
 
 def _check_unswitched(
@@ -386,19 +363,6 @@ def _commit(
             raise_if_not_exists=False,
             commit_properties=CommitProperties(custom_metadata=metadata, max_commit_retries=0),
         ),
-    )
-
-
-def _give_up(table: LabelsTable, event: str, failure: Exception | None, unknown: bool) -> MasklakeError:
-    reason = first_line(failure) if failure else "it does not show up in the table"
-    if unknown:
-        return CommitStateUnknownError(
-            f"a {event} was sent to the table at {table.uri}, which could not be read since: {reason}. Once "
-            f"it can, `masklake history` says whether it is there."
-        )
-    return StorageError(
-        f"a {event} is not in the table at {table.uri} after {_MAX_ATTEMPTS} attempts: {reason}. Nothing was "
-        f"changed; run the same command again."
     )
 
 

@@ -2,15 +2,9 @@
 
 Enters: files to take out and the ones that hold their rows now. Leaves: a version of the table in which every
 row stands exactly once, as before; or none, where somebody else took one of the files out first.
-
-A commit names the one version that it may become: deltalake's own retries are off, because they take a
-transaction that removes a file which another has removed since (1.6.6), and the rows would stand there twice.
-So each try looks at the newest version anew, and is lost when any other commit comes first.
 """
 
-import random
 import time
-import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,13 +13,9 @@ from deltalake import CommitProperties
 from deltalake.transaction import AddAction, RemoveAction
 
 from jobs.lake import failpoints
+from jobs.lake.commit_on_top import commit_on_top
 from jobs.lake.fragments import PARTITION_COLUMN
-from jobs.lake.labels_table import LabelsTable, first_line
-from schemas.errors import CommitStateUnknownError, StorageError
-
-# A run commits once a minute; dozens of runs at once would still leave room within these.
-_MAX_ATTEMPTS = 20
-_MAX_PAUSE_S = 2.0
+from jobs.lake.labels_table import LabelsTable
 
 
 @dataclass(frozen=True)
@@ -83,69 +73,28 @@ def replace_files(
             went, the table has the same rows.
         StorageError: the store refused; nothing was replaced.
     """
-    sent: dict[str, tuple[MergedFile, ...]] = {}
-    failure: Exception | None = None
-    unknown = False  # whether a commit was sent and the table could not be looked at since
-    searched_version = table.version
-    for attempt in range(_MAX_ATTEMPTS + 1):
-        try:
-            if unknown:
-                table.reopen()
-            else:
-                table.refresh()
-            found = _find_commit(table, sent, searched_version)
-            searched_version = table.version
-            left = _replaceable(table, merged)
-            unknown = False
-        except Exception as error:  # of the store's client; whatever it was, look again
-            failure = error
-            sleep(_pause_s(attempt))
-            continue
-        if found is not None:
-            version, commit_id = found
-            done = {file.path for file in sent[commit_id]}
-            return Rewrite(version, sent[commit_id], tuple(file for file in merged if file.path not in done))
-        if not left:
-            return Rewrite(None, (), tuple(merged))
-        if attempt == _MAX_ATTEMPTS:
-            break
-        commit_id = uuid.uuid4().hex
-        sent[commit_id] = left
-        unknown = True
-        try:
-            failpoints.reach("rewrite_send")
-            _commit(table, left, {**metadata, "commit_id": commit_id})
-            failpoints.reach("rewrite_put")
-        except Exception as error:  # another commit came first, or the store failed; the next look tells
-            failure = error
-            sleep(_pause_s(attempt))
-    reason = first_line(failure) if failure else "it does not show up in the table"
-    if unknown:
-        raise CommitStateUnknownError(
-            f"a commit that replaces files of {table.uri} was sent, and the table could not be read since: "
-            f"{reason}. Its rows are the same either way; run the same command again."
-        )
-    raise StorageError(
-        f"files of {table.uri} could not be replaced in {_MAX_ATTEMPTS} attempts: {reason}. The table is as "
-        f"it was; run the same command again."
+
+    def choose() -> tuple[MergedFile, ...] | None:
+        return _replaceable(table, merged) or None
+
+    def send(left: tuple[MergedFile, ...], commit_id: str) -> None:
+        failpoints.reach("rewrite_send")
+        _commit(table, left, {**metadata, "commit_id": commit_id})
+        failpoints.reach("rewrite_put")
+
+    made = commit_on_top(
+        table,
+        choose,
+        send,
+        what="a commit that replaces files",
+        if_unknown="Its rows are the same either way; run the same command again.",
+        sleep=sleep,
     )
-
-
-def _pause_s(attempt: int) -> float:
-    return random.uniform(0, min(_MAX_PAUSE_S, 0.05 * 2**attempt))
-
-
-def _find_commit(
-    table: LabelsTable, sent: Mapping[str, object], searched_version: int
-) -> tuple[int, str] | None:
-    """The version that one of the commits made, and its commit_id."""
-    num_new = table.version - searched_version
-    if not sent or num_new <= 0:
-        return None
-    for commit in table.ask("reading the log", lambda delta: delta.history(num_new)):
-        if (commit_id := commit.get("commit_id")) in sent:
-            return int(commit["version"]), str(commit_id)
-    return None
+    if made is None:
+        return Rewrite(None, (), tuple(merged))
+    version, replaced = made
+    done = {file.path for file in replaced}
+    return Rewrite(version, replaced, tuple(file for file in merged if file.path not in done))
 
 
 def _replaceable(table: LabelsTable, merged: Sequence[MergedFile]) -> tuple[MergedFile, ...]:

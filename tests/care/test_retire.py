@@ -372,7 +372,7 @@ def test_a_store_that_refuses_leaves_the_table_as_it_was(
         raise OSError("503 SlowDown")
 
     monkeypatch.setattr(retire_module, "_commit", refuse)
-    monkeypatch.setattr(retire_module, "_MAX_ATTEMPTS", 2)
+    monkeypatch.setattr("jobs.lake.commit_on_top._MAX_ATTEMPTS", 2)
     with pytest.raises(StorageError, match=r"SlowDown\. The table is as it was"):
         retire_now()
     three_models.refresh()

@@ -299,7 +299,7 @@ def test_a_store_that_refuses_and_one_that_is_gone_are_told_apart(
 
     monkeypatch.setattr(table, "ask", refuse)
     monkeypatch.setattr(table, "refresh", lambda: None)
-    with pytest.raises(StorageError, match=r"not in the table .* after 20 attempts: busy\. Nothing was"):
+    with pytest.raises(StorageError, match=r"not in the table .* after 20 attempts: busy\. The table is"):
         promote(table, [SOURCE], A, None, "ana", "", sleep=no_sleep)
     monkeypatch.setattr(table, "reopen", lambda: refuse("", list))
     with pytest.raises(CommitStateUnknownError, match="masklake history"):
