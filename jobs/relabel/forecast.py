@@ -56,13 +56,15 @@ class Forecast:
     """What a run would do now, and the nights that it would take.
 
     images: to be labelled, by all models; this_run: those that the budget lets through; hours: of all actors
-    together; finish_at: UTC, of this run. None where nothing was sampled.
+    together; finish_at: UTC, of this run. None where nothing was sampled. notes: what the run would say
+    first.
     """
 
     source: str
     lake: str
     current: str | None
     passes: list[PassForecast] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
     actors: int = 0
     images: int = 0
     this_run: int = 0
@@ -88,7 +90,9 @@ def run_forecast(spec: RelabelSpec, sample: int = DEFAULT_SAMPLE) -> Forecast:
     """
     job = prepare(spec.infer_spec())
     night = plan_night(spec, job)
-    forecast = Forecast(job.source_uri, job.lake_uri, night.current, currency=spec.price.currency)
+    forecast = Forecast(
+        job.source_uri, job.lake_uri, night.current, notes=night.notes, currency=spec.price.currency
+    )
     cluster, table = _cluster(job), open_table(job)
     with Listing.of(spec.source, job.storage, job.lake_uri) as shards:
         for part in night.passes:

@@ -65,8 +65,8 @@ class Night:
 
     current: the model_id whose labels count before it, None where there are none. is_promoted: the table says
     so, and it is not only that nobody else labelled the source. rolled_back: who took the job's model back
-    from the source and when, if that was the last switch. unlabelled: the current model, where it cannot
-    label what is new. notes: for people.
+    from the source and when, if that was the last switch; such a model has no pass. unlabelled: the current
+    model, where it cannot label what is new. notes: for people.
     """
 
     job: Job
@@ -107,7 +107,13 @@ def plan_night(spec: RelabelSpec, job: Job) -> Night:
             night.passes.append(Pass(spec, kept, None))
         else:
             night.unlabelled = others
-    night.passes.append(Pass(spec, job, others))
+    if night.rolled_back is None:
+        night.passes.append(Pass(spec, job, others))
+    else:
+        night.notes.append(
+            f"{job.model or job.model_id} was rolled back ({night.rolled_back}): it labels nothing, and the "
+            "run ends as one that a gate refused"
+        )
     return night
 
 

@@ -115,11 +115,13 @@ def _print_forecast(forecast: Forecast) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from jobs.relabel.worklist import Reason
+
     table = Table()
     table.add_column("images")
     for part in forecast.passes:
         table.add_column(part.model_id, justify="right")
-    for reason in forecast.passes[0].counts:
+    for reason in Reason:
         label = reason.replace("_", " ")
         table.add_row(label, *(f"{part.counts[reason]:,}" for part in forecast.passes))
     table.add_row("removed", *(f"{part.removed:,}" for part in forecast.passes))
@@ -127,7 +129,10 @@ def _print_forecast(forecast: Forecast) -> None:
     table.add_row("by estimate", *(f"{part.estimated:,}" for part in forecast.passes))
     rates = ("–" if part.images_per_s is None else f"{part.images_per_s:.1f}" for part in forecast.passes)
     table.add_row("images/s", *rates)
-    Console(width=max(80, 24 + 24 * len(forecast.passes))).print(table)
+    if forecast.passes:
+        Console(width=max(80, 24 + 24 * len(forecast.passes))).print(table)
+    for note in forecast.notes:
+        print(f"note      {note}")
     print(f"current   {forecast.current or 'none yet'}")
     print(f"this run  {forecast.this_run:,} of {forecast.images:,} images, {forecast.actors} actors")
     if forecast.images and forecast.seconds is None:

@@ -232,16 +232,16 @@ class _Run:
     def _publish(self, night: Night) -> None:
         """All is labelled: compare, and let the new labels count."""
         table, new = open_table(self.job), self.job.model_id
-        is_current = night.current == new
-        if table is None or new not in table.model_ids() or (is_current and night.is_promoted):
-            self.summary.status = "up_to_date"
-            return
-        self._check_unswitched(table, night)
         if night.rolled_back is not None:
             raise GateRefused(
                 f"{self.summary.model or new} was rolled back ({night.rolled_back}) and is not promoted "
                 "again; the table stays as it is. Move the alias to another model, or use `masklake promote`."
             )
+        is_current = night.current == new
+        if table is None or new not in table.model_ids() or (is_current and night.is_promoted):
+            self.summary.status = "up_to_date"
+            return
+        self._check_unswitched(table, night)
         why = "its labels are complete"
         if night.current is not None and not is_current:
             self._pass_gate(table, night.current)

@@ -95,9 +95,12 @@ def test_a_model_that_was_rolled_back_is_known_until_somebody_promotes_another(n
     nights.promote(m2)
     assert nights.plan().rolled_back is None
     nights.rollback()
-    said = nights.plan().rolled_back
-    assert said is not None
-    assert said.startswith("ana, 20")
+    night = nights.plan()
+    assert night.rolled_back is not None
+    assert night.rolled_back.startswith("ana, 20")
+    assert [part.job.model_id for part in night.passes] == [nights.model_id(m1)]
+    assert "m2@1 was rolled back (ana, 20" in night.notes[-1]
+    assert nights.plan("keep_current=false").passes == []
     nights.choose(m1)
     assert nights.plan().rolled_back is None
     nights.choose(m2)

@@ -78,7 +78,17 @@ def test_a_model_that_was_rolled_back_is_not_promoted_again(
     assert status == 4
     assert "m2@1 was rolled back (ana, " in line
     assert nights.table.version == version
+    nights.put(b="2")  # which the model that counts labels, and the other one does not
+    assert end_of(nights.argv(), capsys)[0] == 4
+    assert nights.seen() == {"a": "m1 1", "b": "m1 2"}
+    assert nights.labelled == ["b.jpg"]
     assert nights.current() == nights.model_id(m1)
+    sys.argv = ["masklake", "plan", *nights.argv("keep_current=false")[1:], "--sample", "0"]
+    with pytest.raises(SystemExit, match="0"):
+        jobs.cli.main()
+    said = capsys.readouterr().out.splitlines()
+    assert said[0].startswith("note      m2@1 was rolled back (ana, ")
+    assert said[2].startswith("this run  0 of 0 images")
 
 
 def test_what_cannot_work_ends_with_status_2_before_anything_is_written(
