@@ -26,7 +26,7 @@ test: setup ## the quick suite
 	@$(BIN)/python -m pytest -q
 
 test-slow: setup ## the tests that take longest: ONNX, GPU kernels in an interpreter, whole detectors
-	@$(BIN)/python -m pytest -q -m "slow and not s3"
+	@$(BIN)/python -m pytest -q -m "slow and not s3 and not chaos"
 
 test-s3: setup ## the tests against Ceph RGW, a real S3 server
 	@$(BIN)/python -m pytest -q -m s3

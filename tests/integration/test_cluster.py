@@ -196,6 +196,7 @@ def test_ctrl_c_commits_what_was_finished_and_the_next_run_goes_on(
     assert len(set(image_ids(tmp_path))) == len(image_ids(tmp_path)) == 100
 
 
+@pytest.mark.chaos
 @pytest.mark.timeout(900)
 def test_a_training_that_was_asked_to_stop_says_how_far_it_came_and_goes_on_from_there(
     cluster: RunningCluster, tmp_path: Path
@@ -243,6 +244,7 @@ def newest_checkpoint(run: Path) -> int:
     return max((int(name.removeprefix("step-")) for name in names), default=0)
 
 
+@pytest.mark.chaos
 @pytest.mark.timeout(900)
 def test_a_relabelling_that_was_asked_to_stop_keeps_what_was_finished_and_the_next_one_publishes_all(
     cluster: RunningCluster, tmp_path: Path

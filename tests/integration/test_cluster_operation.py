@@ -235,6 +235,7 @@ def test_what_is_scraped_in_a_training_is_what_its_log_says(cluster: RayCluster,
     assert total(after, metrics.RUNS_ENDED)[run_id, "train", "done"] == 1
 
 
+@pytest.mark.chaos
 def test_a_node_that_is_drained_in_a_training_costs_it_few_steps(
     shrinking: RayCluster, tmp_path: Path
 ) -> None:
