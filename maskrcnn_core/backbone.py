@@ -7,10 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torchvision.models import mobilenet_v2, resnet50, resnet101
 from torchvision.models.detection.backbone_utils import BackboneWithFPN
 from torchvision.ops import FrozenBatchNorm2d
@@ -41,7 +43,31 @@ class FrozenBatchNorm(FrozenBatchNorm2d):  # type: ignore[misc]
         return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
 
 
-def build_backbone(config: MaskRCNNConfig) -> BackboneWithFPN:
+class Backbone(BackboneWithFPN):  # type: ignore[misc]
+    """torchvision's, whose frozen stages stay what they are in training, too.
+
+    A batch norm whose scale and shift are not trained keeps to its statistics: training mode would normalise
+    by those of the batch and move the stored ones, under convolutions that nothing adapts to them.
+    """
+
+    def __init__(self, body: nn.Module, *args: Any, **settings: Any) -> None:
+        super().__init__(body, *args, **settings)
+        # By name and once: an average of the weights, a copy, is trained nowhere.
+        self._frozen_norms = [
+            name
+            for name, module in self.named_modules()
+            if isinstance(module, _BatchNorm) and not any(p.requires_grad for p in module.parameters())
+        ]
+        self.train()
+
+    def train(self, mode: bool = True) -> Backbone:
+        super().train(mode)
+        for name in self._frozen_norms:
+            self.get_submodule(name).eval()
+        return self
+
+
+def build_backbone(config: MaskRCNNConfig) -> Backbone:
     """The pyramid of Lin et al. on the config's backbone; stages outside `trainable_stages` are frozen."""
     norm_layer = _norm_layer(config.norm, config.norm_eps)
     fpn_norm: Callable[..., nn.Module] | None = nn.BatchNorm2d if config.fpn_norm else None
@@ -49,7 +75,7 @@ def build_backbone(config: MaskRCNNConfig) -> BackboneWithFPN:
         body: nn.Module = mobilenet_v2(weights=None, norm_layer=norm_layer).features[:18]
         taps = _MOBILENET_TAPS
         _freeze_blocks(body, config.trainable_stages)
-        return BackboneWithFPN(
+        return Backbone(
             body,
             {name: str(level) for level, name in enumerate(taps)},
             list(taps.values()),
@@ -65,7 +91,7 @@ def build_backbone(config: MaskRCNNConfig) -> BackboneWithFPN:
     for name, parameter in body.named_parameters():
         if not name.startswith(trained):
             parameter.requires_grad_(False)
-    return BackboneWithFPN(
+    return Backbone(
         body,
         {f"layer{stage}": str(stage - 1) for stage in range(1, 5)},
         [256, 512, 1024, 2048],

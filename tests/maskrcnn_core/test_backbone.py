@@ -1,9 +1,13 @@
-"""Batch norm with frozen statistics."""
+"""Batch norm with frozen statistics, and that of frozen stages."""
+
+import copy
 
 import torch
+from torch import nn
 from torchvision.ops import FrozenBatchNorm2d
 
-from maskrcnn_core.backbone import FrozenBatchNorm
+from maskrcnn_core.backbone import FrozenBatchNorm, build_backbone
+from maskrcnn_core.config import lite
 
 
 def settled(norm: FrozenBatchNorm2d) -> FrozenBatchNorm2d:
@@ -32,3 +36,25 @@ def test_frozen_norm_of_bfloat16_is_the_float32_one_rounded_and_so_is_its_gradie
     assert x.grad is not None
     assert exact.grad is not None
     torch.testing.assert_close(x.grad.float(), exact.grad, rtol=2**-8, atol=0)
+
+
+def test_batch_norm_of_frozen_stages_keeps_to_its_statistics_in_training() -> None:
+    backbone = build_backbone(lite(((1, "disc"),)).replace(trainable_stages=2)).eval()
+    trained = {
+        name
+        for name, module in backbone.named_modules()
+        if isinstance(module, nn.BatchNorm2d) and module.weight.requires_grad
+    }
+    assert trained
+    before = {name: buffer.clone() for name, buffer in backbone.named_buffers()}
+    # Nothing is trained in an average of the weights; its frozen stages are the model's.
+    for follower in (copy.deepcopy(backbone).requires_grad_(False), backbone):
+        follower.train()
+        follower(torch.rand(2, 3, 64, 64))
+        moved = {name for name, buffer in follower.named_buffers() if not torch.equal(buffer, before[name])}
+        assert {name.rpartition(".")[0] for name in moved} == trained
+
+
+def test_all_batch_norms_of_a_backbone_that_is_trained_as_a_whole_are_in_training_mode() -> None:
+    backbone = build_backbone(lite(((1, "disc"),)))
+    assert all(module.training for module in backbone.modules())
