@@ -70,7 +70,9 @@ class MetricsLog:
         self._last_write_s = self._clock()
         if self._lines:
             data = "".join(f"{line}\n" for line in self._lines).encode()
-            self._storage.write_bytes(f"{self._folder}/{self._number + 1:06d}.jsonl", data)
+            # A driver that was paused for long may have lost its lease to another, which writes here, too.
+            while not self._storage.create_exclusive(f"{self._folder}/{self._number + 1:06d}.jsonl", data):
+                self._number += 1
             self._number += 1
             self._lines.clear()
 

@@ -115,8 +115,8 @@ class TensorBoardTracker:
 
         if self._writer is not None:
             self._writer.close()
-        # what an earlier attempt wrote from first_step on is not shown
-        self._writer = SummaryWriter(str(self._folder), purge_step=first_step)
+        # what an earlier attempt wrote of the steps that are taken again is not shown
+        self._writer = SummaryWriter(str(self._folder), purge_step=first_step + 1)
         self._writer.add_text("run", description, first_step)
 
     def step(self, metrics: StepMetrics) -> None:

@@ -32,7 +32,7 @@ class TrainWatcher(Protocol):
     """Whoever watches training."""
 
     def started(self, total_steps: int, first_step: int, description: str) -> None:
-        """Steps are about to be taken, the next one is `first_step` (1 unless resumed) of `total_steps`.
+        """Steps are about to be taken: of `total_steps`, `first_step` (0 unless resumed) are done.
 
         Comes again when the workers were restarted; steps since the last checkpoint then come again, too.
         """
@@ -115,7 +115,7 @@ class TerminalWatcher:
         self.note(description)
         self._recent.clear()
         # starts the clock anew: the pause before a restart is none of the steps' time
-        self._progress.reset(self._task, total=total_steps, completed=first_step - 1)
+        self._progress.reset(self._task, total=total_steps, completed=first_step)
         self._live.start()
 
     def step(self, metrics: StepMetrics) -> None:
@@ -160,7 +160,7 @@ class LinesWatcher:
         if now_s - self._last_s < self._interval_s and metrics.step < self._total_steps:
             return
         self._last_s = now_s
-        num_taken = metrics.step - self._first_step + 1
+        num_taken = metrics.step - self._first_step
         step_s = (now_s - self._started_s) / max(1, num_taken)
         self._print(
             {

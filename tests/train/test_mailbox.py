@@ -49,18 +49,18 @@ def test_what_a_worker_tells_its_watcher_the_driver_s_watcher_hears_in_order() -
     sender: Sender = pickle.loads(pickle.dumps(mailbox.sender()))  # as it travels to a worker
     recorder = RecordingWatcher()
     with mailbox.delivering_to(recorder, interval_s=0.02):
-        sender.started(3, 1, "lite")
+        sender.started(3, 0, "lite")
         sender.step(STEP)
         sender.flush()
         deadline = time.monotonic() + 10
         while len(recorder.told) < 2 and time.monotonic() < deadline:
             time.sleep(0.02)
-        assert recorder.told == [(3, 1, "lite"), STEP]  # while it lasts, not only at the end
+        assert recorder.told == [(3, 0, "lite"), STEP]  # while it lasts, not only at the end
         sender.evaluated(evaluation)
         sender.note("so")
         sender.ended("done")
         sender.flush()
-    assert recorder.told == [(3, 1, "lite"), STEP, evaluation, "so", "done"]
+    assert recorder.told == [(3, 0, "lite"), STEP, evaluation, "so", "done"]
 
     sender.step(replace(STEP, step=2))
     sender.flush()

@@ -32,7 +32,7 @@ def report(step: int, loss: float = 0.5, images_per_s: float = 4.0) -> StepMetri
 def test_steps_become_gauges() -> None:
     told = Told()
     export = MetricsExport("train-1", "lite", 8, lambda: told, iter([10.0, 20.0, 30.0]).__next__)
-    export.started(100, 1, "lite on 3 images")
+    export.started(100, 0, "lite on 3 images")
     export.step(report(5))
     export.evaluated(EvalMetrics(5, {}, {}))
     export.ended("done")
@@ -60,8 +60,8 @@ def test_a_loss_that_is_no_number_is_counted_for_ray_exports_no_such_gauge(loss:
 def test_workers_that_begin_anew_are_counted() -> None:
     told = Told()
     export = MetricsExport("train-1", "lite", 8, lambda: told)
-    export.started(100, 1, "lite")
-    export.started(100, 41, "lite")
+    export.started(100, 0, "lite")
+    export.started(100, 40, "lite")
     assert told.figures["train_starts_total"] == [("train-1", 1), ("train-1", 1)]
 
 

@@ -28,7 +28,7 @@ def test_an_out_without_metrics_has_an_empty_history(tmp_path: Path, storage: St
 
 def test_a_resumed_run_goes_on_with_its_history(tmp_path: Path, storage: Storage) -> None:
     log = MetricsLog(str(tmp_path), storage)
-    log.started(4, 1, "lite")
+    log.started(4, 0, "lite")
     log.step(step(1))
     log.step(step(2))
     log.evaluated(EVALUATION)
@@ -36,7 +36,7 @@ def test_a_resumed_run_goes_on_with_its_history(tmp_path: Path, storage: Storage
     assert read_history(str(tmp_path), storage) == History((step(1), step(2)), (EVALUATION,))
 
     again = MetricsLog(str(tmp_path), storage)
-    again.started(4, 2, "lite")
+    again.started(4, 1, "lite")
     again.note("so")
     again.step(step(2, rate=0.5))
     again.ended("done")
@@ -67,7 +67,7 @@ def test_what_could_not_be_written_is_written_later(
         raise StorageError("the store is away")
 
     with monkeypatch.context() as patched:
-        patched.setattr(storage, "write_bytes", refuse)
+        patched.setattr(storage, "create_exclusive", refuse)
         log.step(step(1))
         log.evaluated(EVALUATION)
         with pytest.raises(StorageError, match="away"):
@@ -82,3 +82,12 @@ def test_a_damaged_file_is_named(tmp_path: Path, storage: Storage) -> None:
     (tmp_path / "metrics" / "000001.jsonl").write_bytes(b'{"kind"\xff')
     with pytest.raises(StorageError, match="metrics: not a line of training metrics"):
         read_history(str(tmp_path), storage)
+
+
+def test_two_drivers_that_write_at_once_overwrite_nothing(tmp_path: Path, storage: Storage) -> None:
+    paused, other = (MetricsLog(str(tmp_path), storage) for _ in range(2))
+    other.step(step(1))
+    other.ended("done")
+    paused.step(step(2))
+    paused.ended("interrupted")
+    assert [metrics.step for metrics in read_history(str(tmp_path), storage).steps] == [1, 2]

@@ -63,10 +63,10 @@ def test_tensorboard_shows_a_resumed_run_without_the_steps_that_were_taken_again
     tmp_path: Path, storage: Storage
 ) -> None:
     (tracker,) = open_trackers((), str(tmp_path), "run-1", {}, storage)
-    tracker.started(4, 1, "lite")
+    tracker.started(4, 0, "lite")
     for number in (1, 2, 3):
         tracker.step(replace(STEP, step=number))
-    tracker.started(4, 3, "lite, restarted")
+    tracker.started(4, 2, "lite, restarted")  # step 2 has a checkpoint and is not taken again
     tracker.step(replace(STEP, step=3, learning_rate=0.5))
     tracker.evaluated(EVALUATION)
     tracker.note("so")
@@ -82,7 +82,7 @@ def test_tensorboard_s_file_reaches_a_store_that_cannot_append(tmp_path: Path, s
     now_s = 0.0
     uri = f"memory://bucket-{uuid.uuid4().hex}/tensorboard"
     tracker = TensorBoardTracker(uri, storage, clock=lambda: now_s)
-    tracker.started(3, 1, "lite")
+    tracker.started(3, 0, "lite")
     tracker.step(STEP)
     assert list(storage.list(uri)) == []
     now_s = 301.0
@@ -166,7 +166,7 @@ def test_mlflow_gets_settings_once_metrics_in_batches_and_the_run_again_when_res
     now_s = 0.0
     settings: Mapping[str, Any] = {f"setting {n}": "x" * 600 for n in range(150)}
     tracker = MlflowTracker(server, "run-1", settings, clock=lambda: now_s)
-    tracker.started(900, 1, "lite")
+    tracker.started(900, 0, "lite")
     assert [len(param.value) for param in server.params] == [500] * 150
     for number in range(1, 201):
         tracker.step(replace(STEP, step=number))
@@ -219,7 +219,7 @@ def test_wandb_gets_every_step_under_its_own_number_also_one_taken_again() -> No
     assert service.init_arguments["resume"] == "allow"
     assert service.init_arguments["config"] == {"recipe.steps": 4}
     assert ("*", "step") in service.defined
-    tracker.started(4, 1, "lite")
+    tracker.started(4, 0, "lite")
     tracker.step(replace(STEP, step=3))
     tracker.step(replace(STEP, step=2))
     tracker.evaluated(EVALUATION)

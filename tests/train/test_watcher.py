@@ -75,7 +75,7 @@ def test_an_evaluation_is_one_line_and_says_what_could_not_be_measured_or_read()
 
 def test_a_terminal_shows_a_bar_figures_evaluations_and_notes_as_they_are() -> None:
     watcher, screen = terminal()
-    watcher.started(2000, 1, "lite on 407 images")
+    watcher.started(2000, 0, "lite on 407 images")
     watcher.step(STEP)
     watcher.evaluated(EVALUATION)
     watcher.note("a [note] with brackets")
@@ -89,14 +89,22 @@ def test_a_terminal_shows_a_bar_figures_evaluations_and_notes_as_they_are() -> N
 
 def test_a_terminal_counts_on_from_the_step_at_which_workers_began_again() -> None:
     watcher, screen = terminal()
-    watcher.started(2000, 1, "first")
+    watcher.started(2000, 0, "first")
     watcher.step(STEP)
-    watcher.started(2000, 1001, "again")
+    watcher.started(2000, 1000, "again")
     watcher.ended("interrupted")
     last = screen.getvalue().rsplit("again", 1)[1]
     assert "step 1,000 of 2,000" in last
     assert "waiting for the first step" in last
     assert "training ended: interrupted" in last
+
+
+def test_a_fresh_run_begins_with_no_step_done() -> None:
+    watcher, screen = terminal()
+    watcher.started(2000, 0, "lite on 407 images")
+    watcher.ended("interrupted")
+    assert "step 0 of 2,000" in screen.getvalue()
+    assert "step -" not in screen.getvalue()
 
 
 def test_a_terminal_watcher_that_never_started_can_end() -> None:
@@ -108,12 +116,12 @@ def test_a_terminal_watcher_that_never_started_can_end() -> None:
 def test_a_log_gets_one_json_line_an_interval_and_the_last_step(capsys: pytest.CaptureFixture[str]) -> None:
     times = clock(0.0, 1.0, 2.0, 12.0, 13.0)
     watcher = LinesWatcher(interval_s=10.0, clock=lambda: next(times))
-    watcher.started(4, 1, "lite")
+    watcher.started(4, 0, "lite")
     for number in (1, 2, 3, 4):
         watcher.step(replace(STEP, step=number))
     watcher.ended("done")
     lines = json_lines(capsys)
-    assert lines[0] == {"started": "lite", "first_step": 1, "total_steps": 4}
+    assert lines[0] == {"started": "lite", "first_step": 0, "total_steps": 4}
     assert [line.get("step") for line in lines[1:-1]] == [1, 3, 4]
     assert lines[2]["eta_s"] == 4.0
     assert lines[2]["loss_mask"] == 0.3
@@ -123,7 +131,7 @@ def test_a_log_gets_one_json_line_an_interval_and_the_last_step(capsys: pytest.C
 
 def test_a_log_gets_every_evaluation_and_note_and_no_nan(capsys: pytest.CaptureFixture[str]) -> None:
     watcher = LinesWatcher()
-    watcher.started(4, 1, "lite")
+    watcher.started(4, 0, "lite")
     watcher.step(replace(STEP, losses={"loss_mask": float("nan")}))
     watcher.evaluated(EVALUATION)
     watcher.note("so")
@@ -143,13 +151,13 @@ def test_a_tracker_that_fails_is_noted_once_and_left_out() -> None:
     watcher, good, bad = RecordingWatcher(), RecordingWatcher(), RecordingWatcher(fails_at_step=2)
     group: TrainWatcher = WatcherGroup(watcher, [bad, good])
     steps = [replace(STEP, step=number) for number in (1, 2, 3)]
-    group.started(3, 1, "lite")
+    group.started(3, 0, "lite")
     for metrics in steps:
         group.step(metrics)
     group.evaluated(EVALUATION)
     group.note("so")
     group.ended("done")
-    everything = [(3, 1, "lite"), *steps, EVALUATION, "so", "done"]
+    everything = [(3, 0, "lite"), *steps, EVALUATION, "so", "done"]
     assert good.told == everything
     assert bad.told == everything[:2]
     noted = "RecordingWatcher failed and gets nothing more of this run: the other side is away"
