@@ -134,7 +134,7 @@ class _Listener:
                 while not self._ended.is_set():
                     if ray.wait([wish], timeout=_LOOK_S)[0]:
                         ray.get(wish)
-                        _interrupt_main_thread()
+                        interrupt_main_thread()
                         return
             except (RayError, ValueError):  # it died, or the name still is another's: a new one
                 self._ended.wait(_RETRY_S)
@@ -152,7 +152,7 @@ def _actor_name(submission_id: str) -> str:
     return f"stop-{submission_id}"
 
 
-def _interrupt_main_thread() -> None:
+def interrupt_main_thread() -> None:
     """SIGTERM for the main thread itself: one sent to the process may go to another, and leave it asleep."""
     main_thread = threading.main_thread().ident
     if main_thread is not None:

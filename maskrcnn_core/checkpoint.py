@@ -107,7 +107,7 @@ def dump_checkpoint(
     """
     if not name or not all(c.isascii() and (c.isalnum() or c in "._-") for c in name):
         raise ValueError(f"checkpoint name {name!r}: wanted letters, digits, '.', '_' and '-' only.")
-    weights = {key: _stored(tensor, dtype).contiguous().cpu() for key, tensor in model.state_dict().items()}
+    weights = {key: as_stored(tensor, dtype).contiguous().cpu() for key, tensor in model.state_dict().items()}
     metadata = {
         "masklake.format": FORMAT,
         "masklake.name": name,
@@ -118,7 +118,8 @@ def dump_checkpoint(
     return safetensors_save(weights, metadata)
 
 
-def _stored(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+def as_stored(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """What dump_checkpoint stores of a tensor."""
     if not tensor.is_floating_point():
         return tensor
     stored = tensor.to(dtype)

@@ -116,8 +116,8 @@ class Batches:
         self._scale = 1 / (255 * std)
         self._shift = -np.array(config.image_mean, np.float32) / std
 
-    def starting_at(self, step: int) -> Iterator[TrainingBatch]:
-        """Batches `step`, step + 1, … without end; closing the iterator stops its threads.
+    def starting_at(self, step: int, stride: int = 1) -> Iterator[TrainingBatch]:
+        """Batches `step`, step + stride, … without end; closing the iterator stops its threads.
 
         Raises (while iterating):
             StorageError: the store cannot be reached.
@@ -125,7 +125,7 @@ class Batches:
         pool = ThreadPoolExecutor(self._num_threads, thread_name_prefix="training-images")
         ahead: deque[_Pending] = deque()
         try:
-            for number in count(step):
+            for number in count(step, stride):
                 ahead.append(self._submit(pool, number))
                 if len(ahead) > self._prefetch:
                     yield ahead.popleft().result()

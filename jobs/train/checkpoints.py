@@ -26,12 +26,16 @@ class Checkpoints:
 
     Args:
         keep: the newest so many stay.
+
+    Attributes:
+        whole_step: of the newest that was read or written here as a whole; None: none was.
     """
 
     def __init__(self, storage: Storage, out_uri: str, keep: int) -> None:
         self._storage = storage
         self._folder = f"{out_uri}/checkpoints"
         self._keep = keep
+        self.whole_step: int | None = None
         self._writing: threading.Thread | None = None
         self._error: Exception | None = None
 
@@ -44,16 +48,14 @@ class Checkpoints:
             if step is not None and _step_of(info) != step:
                 continue
             try:
-                return parse_state(self._storage.read_bytes(info), info.uri)
+                found = parse_state(self._storage.read_bytes(info), info.uri)
+                self.whole_step = _step_of(info)
+                return found
             except TrainingStateError as error:
                 _logger.warning("%s; the one before it is taken", error)
             except MissingObjectError:
                 continue  # another process has just removed it
         return None
-
-    def last_step(self) -> int:
-        """Of the newest one, whole or not; 0 where there is none."""
-        return max(map(_step_of, self._list()), default=0)
 
     def uri_of(self, step: int) -> str:
         """Where the one of a step is, or would be."""
@@ -62,6 +64,7 @@ class Checkpoints:
     def save(self, tensors: Mapping[str, Tensor], progress: Progress) -> None:
         """Write one; remove the oldest, and those of later steps, which the run passed over as damaged."""
         self._storage.write_bytes(self.uri_of(progress.step), dump_state(tensors, progress))
+        self.whole_step = progress.step
         steps = {info.uri: _step_of(info) for info in self._list()}
         kept = sorted(step for step in steps.values() if step <= progress.step)[-self._keep :]
         for old, step in steps.items():

@@ -14,11 +14,12 @@ from typing import Any
 
 @dataclass(frozen=True)
 class StepMetrics:
-    """Where a run is after `step` steps, all workers together: means over the steps since the last report.
+    """Where a run is after `step` steps: means over the steps since the last report.
 
-    losses: the terms by name, means of the global batch; learning_rate: of the last step; data_wait_share:
-    0 to 1, of the time; memory_bytes: the most that a worker has had, on its GPU or, without one, as a
-    process; grad_norm: before clipping.
+    losses: the terms by name, means of the global batch; learning_rate: of the last step; images_per_s: of
+    all workers, without the time of evaluations and of checkpoints' copies; data_wait_share: 0 to 1, of the
+    same time, the mean over the workers; memory_bytes: the most that worker 0 has had, on its GPU or, without
+    one, as a process; grad_norm: before clipping.
     """
 
     step: int

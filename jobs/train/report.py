@@ -44,13 +44,15 @@ class DataFacts:
 class RunFacts:
     """A run.
 
-    status: "done", or why it ended; settings: recipe, model, code version, hardware, as they are to be shown.
+    status: "done", or why it ended; settings: recipe, model, code version, hardware, as they are to be shown;
+    samples_from: role of the data set that the samples are of.
     """
 
     name: str
     status: str
     settings: Mapping[str, str]
     data: Sequence[DataFacts]
+    samples_from: str
 
 
 def write_report(
@@ -98,6 +100,8 @@ def report_text(facts: RunFacts, history: History) -> str:
             "![loss, AP, learning rate, gradient, images per second, waiting for data](curves.png)",
             "",
             "## Samples",
+            "",
+            f"Of {escape(facts.samples_from)}:",
             "",
             "![ground truth beside predictions](samples.png)",
             "",
@@ -179,7 +183,7 @@ def _course_section(history: History) -> Iterator[str]:
             ("loss, at the end", f"{steps[-1].loss:.4f}"),
             ("images/s, median", f"{median(_measured(m.images_per_s for m in steps)):.1f}"),
             ("time waiting for data, mean", f"{fmean(_measured(m.data_wait_share for m in steps)):.2%}"),
-            ("memory of a worker, most", f"{max(m.memory_bytes for m in steps) / 2**30:.1f} GiB"),
+            ("memory of worker 0, most", f"{max(m.memory_bytes for m in steps) / 2**30:.1f} GiB"),
         ),
     )
 

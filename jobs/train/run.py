@@ -11,19 +11,23 @@ from __future__ import annotations
 import json
 import socket
 import tempfile
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import ray.train
+from ray.exceptions import OutOfMemoryError
 from ray.train.torch import TorchTrainer, get_device
 from ray.train.v2.api.config import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 
 from cluster.growing import planned_with_room
 from cluster.session import connect, shutdown
-from cluster.stop_wish import stoppable
+from cluster.stop_wish import interrupt_main_thread, stoppable
 from cluster.train_profiles import TrainPlan, least_train_room, train_plan
 from jobs.lake.lease import Lease
 from jobs.lake.models import read_checkpoint_bytes
@@ -33,6 +37,7 @@ from jobs.train.beginning import begin
 from jobs.train.data_files import DataFile, fetch_data_file
 from jobs.train.image_locations import ImageReader
 from jobs.train.mailbox import Mailbox, Sender
+from jobs.train.memory import death_for_memory, evaluation_memory, listed, step_memory
 from jobs.train.metrics import EvalMetrics, StepMetrics
 from jobs.train.metrics_export import MetricsExport
 from jobs.train.metrics_log import MetricsLog, read_history
@@ -47,13 +52,15 @@ from jobs.train.trackers import open_trackers
 from jobs.train.watcher import TrainWatcher, WatcherGroup
 from jobs.train.worker import VERSIONED, DivergedError, WorkerJob, train
 from jobs.train.workers import Workers
-from maskrcnn_core.checkpoint import parse_checkpoint
+from maskrcnn_core.checkpoint import Checkpoint, parse_checkpoint
+from maskrcnn_core.config import MaskRCNNConfig
 from schemas.errors import MasklakeError, UsageError
 from schemas.train_spec import TrainSpec
 
 LEASE_TTL_S = 120.0
 # A worker that waits for one that died is told by its process group; this is for one that hangs.
 _COLLECTIVE_TIMEOUT_S = 1800
+_LEASE_LOOK_S = 1.0
 
 
 class TrainingFailedError(MasklakeError):
@@ -103,15 +110,17 @@ def run_train(spec: TrainSpec, watcher: TrainWatcher, log_every_s: float = 1.0) 
     _check_batch(spec, recipe)
     storage.check_reachable(out_uri, "out.uri")
     storage.probe_conditional_put(out_uri)
-    with Lease.acquire(storage, out_uri, "train", f"train on {socket.gethostname()}", LEASE_TTL_S):
+    with Lease.acquire(storage, out_uri, "train", f"train on {socket.gethostname()}", LEASE_TTL_S) as lease:
         record = read_record(out_uri, spec, storage)
         if record is not None and (done := _read_summary(out_uri, storage)).status == "done":
-            watcher.note(f"nothing to do: run {record.run_id} is done.")
+            _register_done(spec, record, done, storage, watcher)
             return done
         record = record or begin(spec, recipe, out_uri, storage, watcher.note)
         summary = TrainSummary(record.run_id, out_uri, f"{out_uri}/model.safetensors")
         summary.data = [asdict(file) for file in record.sets]
-        driver = _Driver(spec, recipe, record, out_uri, storage, watcher, summary, log_every_s, started)
+        driver = _Driver(
+            spec, recipe, record, lease, out_uri, storage, watcher, summary, log_every_s, started
+        )
         try:
             driver.work()
             summary.status = "done"
@@ -122,8 +131,13 @@ def run_train(spec: TrainSpec, watcher: TrainWatcher, log_every_s: float = 1.0) 
             raise
         finally:
             summary.seconds = time.monotonic() - started
-            storage.write_bytes(f"{out_uri}/summary.json", json.dumps(asdict(summary), indent=1).encode())
+            if not lease.lost:
+                _write_summary(summary, storage)
     return summary
+
+
+def _write_summary(summary: TrainSummary, storage: Storage) -> None:
+    storage.write_bytes(f"{summary.out}/summary.json", json.dumps(asdict(summary), indent=1).encode())
 
 
 def _read_summary(out_uri: str, storage: Storage) -> TrainSummary:
@@ -133,6 +147,43 @@ def _read_summary(out_uri: str, storage: Storage) -> TrainSummary:
         return TrainSummary(**json.loads(storage.read_bytes(info)))
     except MissingObjectError:
         return TrainSummary("", out_uri, "")
+
+
+def _register_done(
+    spec: TrainSpec, record: RunRecord, done: TrainSummary, storage: Storage, watcher: TrainWatcher
+) -> None:
+    """All that can be asked of a run that is done: that its model gets a name in the registry."""
+    if spec.register_as.name is None:
+        watcher.note(f"nothing to do: run {record.run_id} is done.")
+        return
+    before = done.registered
+    content, where = read_checkpoint_bytes(done.model, storage)
+    done.registered = _register(spec, record, done, content, parse_checkpoint(content, where), storage)
+    if done.registered == before:
+        watcher.note(f"nothing to do: run {record.run_id} is done, its model registered as {before}.")
+    else:
+        _write_summary(done, storage)
+        watcher.note(f"run {record.run_id} is done; its model is registered as {done.registered}.")
+
+
+def _register(
+    spec: TrainSpec,
+    record: RunRecord,
+    summary: TrainSummary,
+    content: bytes,
+    checkpoint: Checkpoint,
+    storage: Storage,
+) -> str:
+    """NAME@VERSION of a run's model: the version that an earlier start made of it, or else a new one."""
+    name = spec.register_as.name
+    assert name is not None
+    assert spec.lake_uri is not None  # the spec asks for it
+    registry = ModelRegistry(spec.lake_uri, storage)
+    for known in reversed(registry.versions(name)):
+        if known.facts.get("run_id") == record.run_id:
+            return str(known)
+    facts = {"run_id": record.run_id, "evaluation": summary.evaluation}
+    return str(registry.register(name, content, checkpoint.fingerprint, facts))
 
 
 def _check_batch(spec: TrainSpec, recipe: Recipe) -> None:
@@ -152,6 +203,7 @@ class _Driver:
     spec: TrainSpec
     recipe: Recipe
     record: RunRecord
+    lease: Lease
     out_uri: str
     storage: Storage
     watcher: TrainWatcher
@@ -186,13 +238,16 @@ class _Driver:
             )
             mailbox = Mailbox()
             try:
-                with mailbox.delivering_to(group):
-                    failure = self._fit(plan, mailbox.sender())
+                with mailbox.delivering_to(group), _interrupted_when_lost(self.lease):
+                    error = self._fit(plan, mailbox.sender())
             finally:
                 mailbox.close()
-            if failure is not None:
+            if not outcome.is_told:  # else it is the workers' own word that counts
                 group.ended("failed")
         except KeyboardInterrupt:
+            if self.lease.lost:  # the trackers, too, are the other's now
+                self.watcher.ended("failed")
+                raise self._lost() from None
             group.ended("interrupted")
             raise TrainingInterruptedError(
                 f"stopped at step {self.summary.steps}; run the same command again to go on."
@@ -204,11 +259,21 @@ class _Driver:
             shutdown()
         if outcome.failure is not None:
             raise TrainingFailedError(f"{outcome.failure}. What was saved before stays in {self.out_uri}.")
-        if failure is not None:
-            raise failure
+        if not outcome.is_told:
+            why = "the workers ended without a word" if error is None else self._why_given_up(error)
+            raise TrainingFailedError(
+                f"{why}. Run the same command again to go on from the newest checkpoint."
+            ) from error
         self._close()
 
-    def _fit(self, plan: TrainPlan, sender: Sender) -> TrainingFailedError | None:
+    def _lost(self) -> MasklakeError:
+        return MasklakeError(
+            f"another run took the lease of {self.out_uri} over while this one was paused, or the store "
+            f"could not be reached for {LEASE_TTL_S:.0f} s; this one writes nothing more there. Once no "
+            "other trains there, the same command goes on from the newest checkpoint."
+        )
+
+    def _fit(self, plan: TrainPlan, sender: Sender) -> Exception | None:
         """Train; gives the error where Ray gave the workers up. One that they told of says more."""
         workers: int | tuple[int, int] = plan.max_workers
         if plan.min_workers < plan.max_workers:
@@ -247,15 +312,40 @@ class _Driver:
             )
             try:
                 trainer.fit()
-            except ray.train.TrainingFailedError as error:
-                return TrainingFailedError(
-                    f"the workers failed {self.spec.scaling.max_failures + 1} times, the last time with: "
-                    f"{_last_line(error)}. Run the same command again to go on from the newest checkpoint."
-                )
+            except (ray.train.TrainingFailedError, OutOfMemoryError) as error:
+                return error
         return None
+
+    def _why_given_up(self, error: Exception) -> str:
+        times = f"the workers failed {self.spec.scaling.max_failures + 1} times, the last time"
+        death = death_for_memory(error)
+        if death is None:
+            return f"{times} with: {_last_line(error)}"
+        step = self.summary.steps
+        names = self._names_of(step)
+        images = f" ({listed(names)})" if names else ""
+        return (
+            f"{times} after step {step:,}, at step {step + 1:,}{images} or soon after it: {death}. Where it "
+            f"was memory, in a step: {step_memory(self.recipe)}; in an evaluation: "
+            f"{evaluation_memory(MaskRCNNConfig.from_dict(self.record.config))}; raise "
+            "scaling.cpus_per_worker for fewer workers on a node"
+        )
+
+    def _names_of(self, step: int) -> list[str]:
+        """Of the images of a step, counted from 0; none where a set cannot be had."""
+        order = self.record.image_order(self.spec.recipe.seed)
+        try:
+            sets = [fetch_data_file(file, _data_folder(), self.storage) for file in self.record.sets]
+        except MasklakeError:
+            return []
+        images = self.recipe.total_batch
+        draws = [order.at(position) for position in range(step * images, (step + 1) * images)]
+        return [sets[draw.set_index].name(draw.index) for draw in draws]
 
     def _close(self) -> None:
         """Registration and report, once training is done."""
+        if self.lease.lost:
+            raise self._lost()
         history = read_history(self.out_uri, self.storage)
         if history.evaluations:
             best = max(history.evaluations, key=lambda metrics: metrics.segm["AP"])
@@ -264,12 +354,9 @@ class _Driver:
         content, where = read_checkpoint_bytes(self.summary.model, self.storage)
         checkpoint = parse_checkpoint(content, where)
         if self.spec.register_as.name is not None:
-            assert self.spec.lake_uri is not None  # the spec asks for it
-            facts = {"run_id": self.record.run_id, "evaluation": self.summary.evaluation}
-            made = ModelRegistry(self.spec.lake_uri, self.storage).register(
-                self.spec.register_as.name, content, checkpoint.fingerprint, facts
+            self.summary.registered = _register(
+                self.spec, self.record, self.summary, content, checkpoint, self.storage
             )
-            self.summary.registered = str(made)
         files = [*self.record.sets, *([self.record.evaluation] if self.record.evaluation else [])]
         data = [
             DataFacts(file.name, _described(file), file.fingerprint, file.num_images, file.problems)
@@ -280,11 +367,10 @@ class _Driver:
             "seconds": f"{time.monotonic() - self.started:,.0f} since the last start",
             **{package: version(package) for package in VERSIONED},
         }
-        samples = []
-        if self.record.evaluation is not None:
-            data_set = fetch_data_file(self.record.evaluation, _data_folder(), self.storage)
-            samples = take_samples(checkpoint.build(), data_set, ImageReader(self.storage).read)
-        facts_of_run = RunFacts(self.record.run_id, "done", settings, data)
+        shown = self.record.evaluation or self.record.sets[0]
+        data_set = fetch_data_file(shown, _data_folder(), self.storage)
+        samples = take_samples(checkpoint.build(), data_set, ImageReader(self.storage).read)
+        facts_of_run = RunFacts(self.record.run_id, "done", settings, data, shown.name)
         write_report(self.out_uri, self.storage, facts_of_run, history, samples, checkpoint.config)
 
     def _settings(self) -> dict[str, str]:
@@ -294,10 +380,15 @@ class _Driver:
 
 
 class _Outcome:
-    """Watches for the end of a run. failure: why it cannot go on, None where it is done."""
+    """Watches for the end of a run.
+
+    is_told: whether a worker has said that it is at its end; failure: why it cannot go on, None where all
+    steps were taken.
+    """
 
     def __init__(self, summary: TrainSummary) -> None:
         self._summary = summary
+        self.is_told = False
         self.failure: str | None = None
 
     def started(self, total_steps: int, first_step: int, description: str) -> None:
@@ -313,8 +404,29 @@ class _Outcome:
         """Shown by others."""
 
     def ended(self, status: str) -> None:
-        if status not in ("done", "failed", "interrupted"):
-            self.failure = status
+        if status not in ("failed", "interrupted"):  # these are the driver's own
+            self.is_told = True
+            self.failure = None if status == "done" else status
+
+
+@contextmanager
+def _interrupted_when_lost(lease: Lease) -> Iterator[None]:
+    """Ends what is inside as Ctrl-C does once somebody else may have the lease, and so train there, too."""
+    has_ended = threading.Event()
+
+    def look() -> None:
+        while not has_ended.wait(_LEASE_LOOK_S):
+            if lease.lost:
+                interrupt_main_thread()
+                return
+
+    thread = threading.Thread(target=look, name="look-at-lease", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        has_ended.set()
+        thread.join()
 
 
 def _train_on_ray(config: dict[str, Any]) -> None:

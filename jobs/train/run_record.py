@@ -14,6 +14,7 @@ from typing import Any
 
 from jobs.lake.storage import MissingObjectError, Storage
 from jobs.train.data_files import DataFile
+from jobs.train.image_order import ImageOrder
 from schemas.errors import UsageError
 from schemas.train_spec import TrainSpec
 
@@ -40,6 +41,10 @@ class RunRecord:
 
     def to_json(self) -> bytes:
         return json.dumps({"format": _FORMAT, **asdict(self)}, indent=1).encode()
+
+    def image_order(self, seed: int) -> ImageOrder:
+        """In which order the images of its sets are learnt from."""
+        return ImageOrder([file.num_images for file in self.sets], [file.weight for file in self.sets], seed)
 
     @classmethod
     def from_json(cls, data: bytes, where: str) -> RunRecord:

@@ -7,7 +7,8 @@ the counts of all workers, so that W workers compute the gradients of one.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,23 @@ from jobs.train.recipe import Recipe
 from jobs.train.workers import Workers
 from maskrcnn_core.losses import LossSums
 from maskrcnn_core.model import MaskRCNN
+
+
+@dataclass(frozen=True)
+class StepFigures:
+    """What is known of a step, over all workers: scalars on the device, not waited for.
+
+    terms: of the loss, by name; norm: of the gradients before clipping; waited_s: seconds that a worker
+    waited for its images, the mean of all.
+    """
+
+    terms: Mapping[str, Tensor]
+    norm: Tensor
+    waited_s: Tensor
+
+    @property
+    def loss(self) -> Tensor:
+        return torch.stack([*self.terms.values()]).sum()
 
 
 class Stepper:
@@ -51,34 +69,37 @@ class Stepper:
             # The argument of this name is deprecated from torch 2.13 on, and what replaces it is not in 2.11.
             self._losses.broadcast_buffers = any(isinstance(m, nn.BatchNorm2d) for m in model.modules())
 
-    def step(self, passes: Sequence[TrainingBatch], step: int) -> tuple[dict[str, Tensor], Tensor]:
+    def step(self, passes: Sequence[TrainingBatch], step: int, waited_s: float = 0.0) -> StepFigures:
         """One step, over this worker's share of the batch.
 
         Args:
             passes: as many as the recipe's `accumulate`; at least one image in each.
             step: counted from 0.
-
-        Returns:
-            the loss terms over all workers, and the norm of the gradients before clipping: scalars on the
-            device, not waited for.
+            waited_s: seconds that this worker waited for the passes.
         """
         rate = self._recipe.rate_at(step)
         for group in self._optimizer.param_groups:
             group["lr"] = rate
         self._optimizer.zero_grad()
         terms: dict[str, Tensor] = {}
+        everywhere_s = torch.zeros((), device=self._workers.device)
         for number, batch in enumerate(passes, start=1):
-            for name, term in self._backward(batch, is_last=number == len(passes)).items():
+            share_s = waited_s / len(passes) / self._workers.size
+            found, summed_s = self._backward(batch, share_s, is_last=number == len(passes))
+            everywhere_s = everywhere_s + summed_s
+            for name, term in found.items():
                 terms[name] = terms.get(name, 0) + term / len(passes)
         limit = self._recipe.clip_norm or float("inf")
         norm = torch.nn.utils.clip_grad_norm_(self._parameters, limit)
         self._optimizer.step()
         if self._average is not None:
             self._average.update(self._model, step + 1)
-        return terms, norm
+        return StepFigures(terms, norm, everywhere_s)
 
-    def _backward(self, batch: TrainingBatch, is_last: bool) -> dict[str, Tensor]:
-        """Add the gradients of a pass; gives its loss terms over all workers."""
+    def _backward(
+        self, batch: TrainingBatch, share_s: float, is_last: bool
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """Add the gradients of a pass; gives its loss terms, and the sum of share_s, over all workers."""
         device = self._workers.device
         images = batch.images.to(device, non_blocking=True).contiguous(memory_format=torch.channels_last)
         targets = [target.to(device) for target in batch.targets]
@@ -90,13 +111,15 @@ class Stepper:
         everywhere = self._workers.sum(
             {f"sum {name}": value for name, value in found.sums.items()}
             | {f"count {name}": value for name, value in found.counts.items()}
+            # full: a tensor made of a number would wait for a GPU
+            | {"waited": torch.full((), share_s, device=device)}
         )
         counts = {name: everywhere[f"count {name}"].clamp(min=1) for name in found.counts}
         # DistributedDataParallel divides by the number of workers.
         share = self._workers.size / self._recipe.accumulate
         loss = torch.stack([found.sums[name] / counts[name] for name in counts]).sum() * share
         loss.backward()
-        return {name: everywhere[f"sum {name}"] / counts[name] for name in counts}
+        return {name: everywhere[f"sum {name}"] / counts[name] for name in counts}, everywhere["waited"]
 
     def _generator(self, position: int) -> torch.Generator:
         """For the samples of one image of one step."""

@@ -7,42 +7,42 @@ worker 0's watcher. All workers go through the same steps; worker 0 alone writes
 from __future__ import annotations
 
 import math
-import resource
-import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from jobs.lake.storage import Storage
 from jobs.train.batches import Batches, TrainingBatch
-from jobs.train.calibration import recalibrate_batch_norm
+from jobs.train.calibration import recalibrate_batch_norm, stored_copy
 from jobs.train.checkpoints import Checkpoints
 from jobs.train.data_files import DataFile, fetch_data_file
-from jobs.train.evaluation import evaluate_model
+from jobs.train.evaluation import GPU_BATCH_SIZE, evaluate_model
 from jobs.train.image_locations import ImageReader
-from jobs.train.image_order import ImageOrder
-from jobs.train.metrics import EvalMetrics, StepMetrics
+from jobs.train.memory import evaluation_memory, listed, step_memory, telling_what_takes_memory
+from jobs.train.meter import Meter, take
+from jobs.train.metrics import EvalMetrics
 from jobs.train.optimizer import AveragedWeights, make_optimizer
 from jobs.train.preemption import Ask, PreemptionWarnings, ask_nobody
 from jobs.train.recipe import Recipe
 from jobs.train.run_record import RunRecord
 from jobs.train.state import Progress, TrainingStateError, restore, snapshot
-from jobs.train.step import Stepper
+from jobs.train.step import StepFigures, Stepper
 from jobs.train.training_set import TrainingSet
 from jobs.train.watcher import TrainWatcher
 from jobs.train.workers import Workers
 from maskrcnn_core.checkpoint import dump_checkpoint
 from maskrcnn_core.config import MaskRCNNConfig
 from maskrcnn_core.model import MaskRCNN
+from maskrcnn_core.predictor import NonFiniteError
 from schemas.errors import StorageError
 from schemas.train_spec import TrainSpec
 
@@ -50,19 +50,12 @@ from schemas.train_spec import TrainSpec
 _CHECK_EVERY_STEPS = 20
 # While a node is about to go: the steps since the newest checkpoint go with it.
 _SAVE_EVERY_S = 20.0
-_SHOWN_NAMES = 16
-# Allocations that fail on a CPU are plain RuntimeErrors.
-_OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
 VERSIONED = ("masklake", "torch", "torchvision", "ray")
 
 
 class DivergedError(FloatingPointError):
     """The loss or the gradients are not numbers; every worker sees it at the same step."""
-
-
-class TrainingMemoryError(MemoryError):
-    """A step took more memory than there is; one worker may see it and the others not."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +89,8 @@ def train(
 
     Raises:
         DivergedError: the loss is not a number. Checkpoints from before stay.
-        TrainingMemoryError: a step takes more memory than there is.
+        TrainingMemoryError: a step or an evaluation takes more memory than there is.
+        NonFiniteError: an evaluation meets NaN that no step's loss has shown.
         TrainingStateError: the checkpoint is of another model.
         StorageError: data or checkpoints cannot be reached.
     """
@@ -128,7 +122,7 @@ class _Run:
         self._reader = ImageReader(job.storage)
         self._unreadable: Counter[str] = Counter()
         self._unchecked: list[_Taken] = []
-        self._meter = _Meter(job.recipe, workers.size, self._progress.step)
+        self._meter = Meter(job.recipe, workers.size, self._progress.step)
         self._last_saved_s = time.monotonic()
         self._node_goes_s = 0.0
 
@@ -140,24 +134,28 @@ class _Run:
         if self._is_first:
             images = ", ".join(f"{file.name} {file.num_images:,}" for file in self._job.record.sets)
             self._watcher.started(recipe.steps, first, f"{self._job.record.name} on {images} images")
-        batches = self._batches(first * recipe.accumulate)
+        batches = self._batches().starting_at(first * recipe.accumulate)
         for step in range(first, recipe.steps):
-            passes = [self._meter.wait_for(batches) for _ in range(recipe.accumulate)]
+            passes, waited_s = take(batches, recipe.accumulate)
             self._count_unreadable(passes)
             names = [name for batch in passes for name in batch.names]
-            with self._telling_what_takes_memory(step + 1, names, passes):
-                terms, norm = stepper.step(passes, step)
+            with telling_what_takes_memory(partial(self._told_of_step, step + 1, names, passes)):
+                figures = stepper.step(passes, step, waited_s)
             self._progress = replace(self._progress, step=step + 1)
             is_last = step + 1 == recipe.steps
-            self._meter.add(terms, norm)
-            self._unchecked.append(_Taken(step + 1, names, torch.stack([*terms.values()]).sum(), norm))
-            if is_last or (step + 1) % _CHECK_EVERY_STEPS == 0:
+            is_evaluated = not is_last and self._is_evaluation_due()
+            self._meter.add(figures)
+            self._unchecked.append(_Taken(step + 1, names, figures))
+            # An evaluation of weights that went wrong could not say at which step they did.
+            if is_last or is_evaluated or (step + 1) % _CHECK_EVERY_STEPS == 0:
                 self._check_finite()
             if self._is_first and (is_last or self._meter.seconds >= self._job.log_every_s):
                 self._watcher.step(self._meter.read(step + 1, recipe.rate_at(step)))
-            every = self._job.spec.evaluate.every_steps
-            if not is_last and every is not None and (step + 1) % every == 0 and self._evaluate():
-                break
+            if is_evaluated:
+                with self._meter.apart():
+                    self._evaluate()
+                if self._is_patience_at_its_end:
+                    break
             # Weights that went wrong are not kept; the next look, which all take, says so.
             is_due = self._is_first and not is_last and self._is_checkpoint_due()
             if is_due and self._first_not_finite() is None:
@@ -192,17 +190,12 @@ class _Run:
     def _fetch(self, file: DataFile) -> TrainingSet:
         return fetch_data_file(file, self._job.data_folder, self._job.storage)
 
-    def _batches(self, first: int, alone: bool = False) -> Iterator[TrainingBatch]:
-        """This worker's share of each pass, or all of it; from pass number `first` on."""
+    def _batches(self, alone: bool = False) -> Batches:
+        """This worker's share of each pass, or all of it."""
         spec, recipe = self._job.spec, self._recipe
-        order = ImageOrder(
-            [len(data) for data in self._sets],
-            [file.weight for file in self._job.record.sets],
-            spec.recipe.seed,
-        )
         return Batches(
             self._sets,
-            order,
+            self._job.record.image_order(spec.recipe.seed),
             self._reader,
             recipe.augmentation,
             self._model.config,
@@ -213,7 +206,7 @@ class _Run:
             copy_paste=recipe.copy_paste,
             num_threads=self._job.loader_threads,
             pin_memory=self._workers.device.type == "cuda",
-        ).starting_at(first)
+        )
 
     def _check_finite(self) -> None:
         """Look at the steps since the last look. All workers at the same step: an end is told of together."""
@@ -225,7 +218,8 @@ class _Run:
         """The first step since the last look that went wrong, which is the one to name, and its loss."""
         if not self._unchecked:
             return None
-        values = torch.stack([torch.stack([step.loss, step.norm]) for step in self._unchecked]).tolist()
+        figures = [step.figures for step in self._unchecked]
+        values = torch.stack([torch.stack([step.loss, step.norm]) for step in figures]).tolist()
         for step, (loss, norm) in zip(self._unchecked, values, strict=True):
             if not math.isfinite(loss) or not math.isfinite(norm):
                 return step, loss
@@ -233,41 +227,29 @@ class _Run:
         return None
 
     def _diverged(self, taken: _Taken, loss: float) -> NoReturn:
-        if self._is_first:
-            with suppress(StorageError):
-                self._checkpoints.wait()
-        saved = self._workers.from_first(self._checkpoints.last_step() if self._is_first else 0)
         what = f"the loss is {loss}" if not math.isfinite(loss) else "the gradients are not finite"
         raise DivergedError(
             f"{what} at step {taken.step}; lower recipe.learning_rate, or set recipe.clip_norm, or look at "
-            f"its images: {_listed(self._workers.gather(taken.names))}. The last good checkpoint is "
-            f"{self._checkpoints.uri_of(saved)}"
+            f"its images: {listed(self._workers.gather(taken.names))}. The last good checkpoint is "
+            f"{self._checkpoints.uri_of(self._workers.from_first(self._whole_step()))}"
         )
 
-    @contextmanager
-    def _telling_what_takes_memory(
-        self, step: int, names: Sequence[str], passes: Sequence[TrainingBatch]
-    ) -> Iterator[None]:
-        """
-        Raises:
-            TrainingMemoryError: in place of torch's own error.
-        """
-        try:
-            yield
-        except (MemoryError, RuntimeError) as error:
-            if not isinstance(error, MemoryError) and not _is_out_of_memory(error):
-                raise
-            height, width = max((batch.images.shape[-2:] for batch in passes), key=math.prod)
-            images = max(len(batch.images) for batch in passes)
-            instances = sum(len(target.boxes) for batch in passes for target in batch.targets)
-            recipe = self._recipe
-            sides = "recipe.shorter_sides" if recipe.canvas_px is None else "recipe.canvas_px"
-            raise TrainingMemoryError(
-                f"step {step} takes more memory than there is: {images} images of {width}x{height} px a pass "
-                f"and worker, {instances} instances ({_listed(names)}); raise recipe.accumulate (now "
-                f"{recipe.accumulate}) or scaling.num_workers, or lower recipe.total_batch (now "
-                f"{recipe.total_batch}) or {sides}"
-            ) from error
+    def _whole_step(self) -> int:
+        """Of the newest checkpoint that this worker knows to be whole."""
+        if self._is_first:
+            with suppress(StorageError):
+                self._checkpoints.wait()
+        assert self._checkpoints.whole_step is not None  # a run begins by reading one
+        return self._checkpoints.whole_step
+
+    def _told_of_step(self, step: int, names: Sequence[str], passes: Sequence[TrainingBatch]) -> str:
+        height, width = max((batch.images.shape[-2:] for batch in passes), key=math.prod)
+        images = max(len(batch.images) for batch in passes)
+        instances = sum(len(target.boxes) for batch in passes for target in batch.targets)
+        return (
+            f"step {step} takes more memory than there is: {images} images of {width}x{height} px a pass "
+            f"and worker, {instances} instances ({listed(names)}); {step_memory(self._recipe)}"
+        )
 
     def _count_unreadable(self, passes: Sequence[TrainingBatch]) -> None:
         """Tell of the first of a kind; the others are counted."""
@@ -303,62 +285,113 @@ class _Run:
 
     def _save(self) -> None:
         self._last_saved_s = time.monotonic()
-        tensors = snapshot(self._model, self._average, self._optimizer)
-        self._checkpoints.save_behind(tensors, self._progress)
+        with self._meter.apart(), telling_what_takes_memory(self._told_of_snapshot):
+            tensors = snapshot(self._model, self._average, self._optimizer)
+            self._checkpoints.save_behind(tensors, self._progress)
 
-    def _evaluate(self) -> bool:
-        """Measure AP, keep the model if it is the best so far; True: it has been none too often."""
-        if self._evaluated is None:
-            return False
-        spec = self._job.spec.evaluate
-        if self._workers.size > 1:  # each has gathered batch norm's statistics from images of its own
-            for buffer in self._result.buffers():
-                dist.broadcast(buffer, 0)
-        metrics = evaluate_model(
-            self._result,
-            self._evaluated,
-            self._reader.read,
-            self._workers,
-            step=self._progress.step,
-            precision=self._recipe.precision,  # type: ignore[arg-type]  # fp32 or bf16
-            num_threads=self._job.loader_threads,
-            max_images=spec.max_images,
-            per_category=spec.per_category,
+    def _told_of_snapshot(self) -> str:
+        return (
+            f"the copy that becomes the checkpoint of step {self._progress.step} takes more memory than the "
+            "node has; raise scaling.cpus_per_worker, so that fewer workers share it, or lower "
+            "scaling.loader_threads"
         )
-        ap = metrics.segm["AP"]
-        if ap > self._progress.best_ap:
-            self._progress = replace(
-                self._progress, best_ap=ap, best_step=self._progress.step, worse_in_a_row=0
-            )
-            self._write_model("model", metrics)
-        else:
-            self._progress = replace(self._progress, worse_in_a_row=self._progress.worse_in_a_row + 1)
-        if self._is_first:
-            self._watcher.evaluated(metrics)
-        return spec.patience is not None and self._progress.worse_in_a_row >= spec.patience
+
+    def _is_evaluation_due(self) -> bool:
+        every = self._job.spec.evaluate.every_steps
+        return self._evaluated is not None and every is not None and self._progress.step % every == 0
+
+    @property
+    def _is_patience_at_its_end(self) -> bool:
+        patience = self._job.spec.evaluate.patience
+        return patience is not None and self._progress.worse_in_a_row >= patience
 
     def _finish(self) -> None:
-        """Calibrate, evaluate, write what came out; the last checkpoint says that all is done."""
-        if self._recipe.calibration_batches:
-            self._calibrate()
-        self._evaluate()
-        self._write_model("last", None)
-        if self._evaluated is None:
-            self._write_model("model", None)
+        """Evaluate, write what came out; the last checkpoint says that all is done."""
+        model, metrics = self._evaluate()
+        self._write_model("last", model, metrics)
+        if self._progress.best_ap < 0:  # AP was never measured
+            self._write_model("model", model, metrics)
         if self._is_first:
             self._save()
             self._checkpoints.wait()
         if self._workers.size > 1:
             dist.barrier()
 
-    def _calibrate(self) -> None:
-        """Worker 0 measures; the others take its figures when it is evaluated."""
-        result = self._result
-        if self._is_first:
-            batches = self._batches(self._recipe.steps * self._recipe.accumulate, alone=True)
-            recalibrate_batch_norm(result, batches, self._recipe.calibration_batches)
+    def _evaluate(self) -> tuple[MaskRCNN, EvalMetrics | None]:
+        """Measure the AP of what the run would leave now, and keep that if it is the best so far.
 
-    def _write_model(self, name: str, metrics: EvalMetrics | None) -> None:
+        Returns:
+            what the run would leave, and its figures, None without images to measure on.
+        """
+        with telling_what_takes_memory(self._told_of_calibration):
+            model = self._candidate()
+        if self._evaluated is None:
+            return model, None
+        with telling_what_takes_memory(self._told_of_evaluation):
+            metrics = self._measured(model, self._evaluated)
+        ap, progress = metrics.segm["AP"], self._progress
+        if ap > progress.best_ap:
+            self._progress = replace(progress, best_ap=ap, best_step=progress.step, worse_in_a_row=0)
+            self._write_model("model", model, metrics)
+        elif ap >= 0:  # else there is no annotation to find, which is no news of the model
+            self._progress = replace(progress, worse_in_a_row=progress.worse_in_a_row + 1)
+        if self._is_first:
+            self._watcher.evaluated(metrics)
+        return model, metrics
+
+    def _candidate(self) -> MaskRCNN:
+        """What the run would leave if it ended now; the same on all workers."""
+        recipe, workers = self._recipe, self._workers
+        model = stored_copy(self._result, _DTYPES[self._job.spec.out.dtype])
+        if recipe.calibration_batches:
+            # What would be learnt from after the end; the same images at each evaluation.
+            first = recipe.steps * recipe.accumulate
+            batches = self._batches(alone=True).starting_at(first + workers.rank, workers.size)
+            recalibrate_batch_norm(model, batches, recipe.calibration_batches, workers)
+        elif workers.size > 1:  # each has gathered batch norm's statistics from images of its own
+            for buffer in model.buffers():
+                dist.broadcast(buffer, 0)
+        return model
+
+    def _measured(self, model: MaskRCNN, data: TrainingSet) -> EvalMetrics:
+        spec, step = self._job.spec.evaluate, self._progress.step
+        try:
+            return evaluate_model(
+                model,
+                data,
+                self._reader.read,
+                self._workers,
+                step=step,
+                precision=self._recipe.precision,  # type: ignore[arg-type]  # fp32 or bf16
+                num_threads=self._job.loader_threads,
+                max_images=spec.max_images,
+                per_category=spec.per_category,
+            )
+        except NonFiniteError as error:
+            raise NonFiniteError(
+                f"the evaluation after step {step}, whose loss was still finite, met NaN or infinity; lower "
+                "recipe.learning_rate, or set recipe.clip_norm. A good checkpoint is "
+                f"{self._checkpoints.uri_of(self._whole_step())}"
+            ) from error
+
+    def _told_of_calibration(self) -> str:
+        recipe = self._recipe
+        return (
+            f"measuring batch norm's statistics after step {self._progress.step} takes more memory than "
+            f"there is: passes of {recipe.total_batch // recipe.accumulate} images on each worker; raise "
+            f"recipe.accumulate (now {recipe.accumulate}) or set recipe.calibration_batches=0"
+        )
+
+    def _told_of_evaluation(self) -> str:
+        config = self._model.config
+        images = GPU_BATCH_SIZE if self._workers.device.type == "cuda" else 1
+        return (
+            f"the evaluation after step {self._progress.step} takes more memory than there is, beside the "
+            f"training's own: images of up to {config.max_size_px} px, {images} at a time; "
+            f"{evaluation_memory(config)}"
+        )
+
+    def _write_model(self, name: str, model: MaskRCNN, metrics: EvalMetrics | None) -> None:
         """<out>/<name>.safetensors, which `masklake infer` takes."""
         if not self._is_first:
             return
@@ -366,93 +399,32 @@ class _Run:
         provenance: dict[str, Any] = {
             "run_id": record.run_id,
             "step": self._progress.step,
-            "recipe": self._job.spec.recipe.model_dump(mode="json", exclude_none=True),
+            "recipe": asdict(self._recipe) | {"seed": self._job.spec.recipe.seed},
             "start": dict(record.origin),
-            "data": [
-                {"name": file.name, "fingerprint": file.fingerprint, "num_images": file.num_images}
-                | dict(file.description)
-                for file in record.sets
-            ],
-            "metrics": None if metrics is None else {"bbox": dict(metrics.bbox), "segm": dict(metrics.segm)},
+            "data": [_described(file) | {"weight": file.weight} for file in record.sets],
+            "evaluated_on": None if record.evaluation is None else _described(record.evaluation),
+            "metrics": None if metrics is None else _figures(metrics),
             "versions": {package: version(package) for package in VERSIONED},
         }
         dtype = _DTYPES[self._job.spec.out.dtype]
-        content = dump_checkpoint(self._result, record.name, dtype=dtype, provenance=provenance)
+        content = dump_checkpoint(model, record.name, dtype=dtype, provenance=provenance)
         self._job.storage.write_bytes(f"{self._job.out_uri}/{name}.safetensors", content)
 
 
 @dataclass(frozen=True)
 class _Taken:
-    """A step that nobody has looked at yet: its number, images, loss and norm of the gradients."""
+    """A step that nobody has looked at yet: its number, its images on this worker, its figures."""
 
     step: int
     names: Sequence[str]
-    loss: Tensor
-    norm: Tensor
+    figures: StepFigures
 
 
-def _is_out_of_memory(error: RuntimeError) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in _OUT_OF_MEMORY)
+def _described(file: DataFile) -> dict[str, Any]:
+    return {"name": file.name, "fingerprint": file.fingerprint, "num_images": file.num_images} | dict(
+        file.description
+    )
 
 
-def _listed(names: Sequence[str]) -> str:
-    more = f" and {len(names) - _SHOWN_NAMES} more" if len(names) > _SHOWN_NAMES else ""
-    return ", ".join(names[:_SHOWN_NAMES]) + more
-
-
-class _Meter:
-    """Means over the steps since the last report."""
-
-    def __init__(self, recipe: Recipe, num_workers: int, step: int) -> None:
-        self._recipe = recipe
-        self._num_workers = num_workers
-        self._start(step)
-
-    def _start(self, step: int) -> None:
-        self._step = step
-        self._started = time.monotonic()
-        self._waited = 0.0
-        self._terms: dict[str, Tensor] = {}
-        self._norm: Tensor | float = 0.0
-
-    @property
-    def seconds(self) -> float:
-        return time.monotonic() - self._started
-
-    def wait_for(self, batches: Iterator[TrainingBatch]) -> TrainingBatch:
-        before = time.monotonic()
-        batch = next(batches)
-        self._waited += time.monotonic() - before
-        return batch
-
-    def add(self, terms: dict[str, Tensor], norm: Tensor) -> None:
-        for name, term in terms.items():
-            self._terms[name] = self._terms.get(name, 0) + term
-        self._norm = self._norm + norm
-
-    def read(self, step: int, rate: float) -> StepMetrics:
-        """The means, and begin anew."""
-        num_steps = step - self._step
-        losses = {name: float(term) / num_steps for name, term in self._terms.items()}
-        norm = float(self._norm) / num_steps
-        seconds = self.seconds  # after the device was waited for
-        metrics = StepMetrics(
-            step=step,
-            losses=losses,
-            learning_rate=rate,
-            images_per_s=num_steps * self._recipe.total_batch / seconds,
-            data_wait_share=min(1.0, self._waited / seconds),
-            memory_bytes=_memory_bytes(),
-            num_workers=self._num_workers,
-            grad_norm=norm,
-        )
-        self._start(step)
-        return metrics
-
-
-def _memory_bytes() -> int:
-    """The most that was taken: of the GPU, where there is one, else of this process."""
-    if torch.cuda.is_available():
-        return int(torch.cuda.max_memory_allocated())
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+def _figures(metrics: EvalMetrics) -> dict[str, Any]:
+    return {"bbox": dict(metrics.bbox), "segm": dict(metrics.segm), "num_images": metrics.num_images}

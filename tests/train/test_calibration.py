@@ -5,8 +5,11 @@ import torch
 
 from jobs.train.batches import TrainingBatch
 from jobs.train.calibration import recalibrate_batch_norm
+from jobs.train.workers import Workers
 from maskrcnn_core.config import lite
 from maskrcnn_core.model import MaskRCNN, build_model
+
+ALONE = Workers(0, 1, torch.device("cpu"))
 
 
 @pytest.fixture
@@ -23,7 +26,7 @@ def batch() -> TrainingBatch:
 def test_recalibrated_batch_norm_has_the_statistics_of_the_batches(
     model: MaskRCNN, batch: TrainingBatch
 ) -> None:
-    recalibrate_batch_norm(model, iter([batch]), 1)
+    recalibrate_batch_norm(model, iter([batch]), 1, ALONE)
     first = next(m for m in model.backbone.modules() if isinstance(m, torch.nn.BatchNorm2d))
     convolution = next(m for m in model.backbone.modules() if isinstance(m, torch.nn.Conv2d))
     expected = convolution(batch.images).mean(dim=(0, 2, 3))

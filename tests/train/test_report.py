@@ -27,6 +27,7 @@ FACTS = RunFacts(
     "done",
     {"recipe": "finetune"},
     [DataFacts("train", "coco:/data/train.json", "ab12", 407, {"empty_mask": 3, "bad_polygon": 0})],
+    "evaluation",
 )
 
 
@@ -86,7 +87,9 @@ def test_line_breaks_controls_and_length_cannot_break_the_page() -> None:
 
 def test_hostile_names_from_everywhere_make_no_markup_in_the_report() -> None:
     name = " ".join(HOSTILE)
-    facts = RunFacts(name, name, {name: name}, [DataFacts(name, name, name, 1, {name: 1, "empty_mask": 2})])
+    facts = RunFacts(
+        name, name, {name: name}, [DataFacts(name, name, name, 1, {name: 1, "empty_mask": 2})], name
+    )
     figures = {"AP": 0.5}
     measured = EvalMetrics(1, figures, figures, {name: {"bbox_AP": 0.5, "segm_AP": 0.5}}, 1, {name: 1})
     tokens = tokens_of(report_text(facts, History((step(1),), (measured,))))
@@ -115,12 +118,12 @@ def test_the_report_says_data_result_and_course() -> None:
     assert ["workers", "2 to 4"] in rows
     assert ["images/s, median", "20.0"] in rows
     assert ["time waiting for data, mean", "2.00%"] in rows
-    assert ["memory of a worker, most", "1.5 GiB"] in rows
+    assert ["memory of worker 0, most", "1.5 GiB"] in rows
     assert "2 truncated" in report_text(FACTS, HISTORY)
 
 
 def test_a_run_without_steps_evaluations_or_problems_says_so() -> None:
-    text = report_text(RunFacts("run-1", "interrupted", {}, []), History((), ()))
+    text = report_text(RunFacts("run-1", "interrupted", {}, [], "train"), History((), ()))
     for part in (
         "AP was not measured.",
         "No step was taken.",
@@ -140,10 +143,12 @@ def test_speeds_that_were_not_measured_do_not_hide_the_others() -> None:
 def test_three_files_are_written_in_the_place_of_those_that_were_there(tmp_path: Path) -> None:
     (tmp_path / "report").mkdir()
     (tmp_path / "report" / "curves.png").write_text("of an earlier attempt")
-    facts = RunFacts("run-1", "interrupted", {}, [])
+    facts = RunFacts("run-1", "interrupted", {}, [], "train")
     uri = write_report(str(tmp_path), Storage(StorageSpec()), facts, HISTORY, [], lite(((1, "car"),)))
     assert uri == f"file://{tmp_path}/report/report.md"
-    assert "Ended: interrupted." in (tmp_path / "report" / "report.md").read_text()
+    text = (tmp_path / "report" / "report.md").read_text()
+    assert "Ended: interrupted." in text
+    assert "\nOf train:\n" in text
     for name in ("curves.png", "samples.png"):
         with Image.open(tmp_path / "report" / name) as picture:
             picture.load()

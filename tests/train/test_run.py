@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from jobs.train import run
-from jobs.train.worker import DivergedError, TrainingMemoryError
+from jobs.train.memory import TrainingMemoryError
+from jobs.train.worker import DivergedError
 from jobs.train.workers import Workers
 from tests.train.recording_watcher import RecordingWatcher
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -18,21 +20,34 @@ from torch.multiprocessing.spawn import start_processes
 from jobs.train import worker
 from jobs.train.batches import TrainingBatch
 from jobs.train.checkpoints import Checkpoints
+from jobs.train.memory import TrainingMemoryError
 from jobs.train.metrics import EvalMetrics, StepMetrics
 from jobs.train.preemption import Preemption
 from jobs.train.state import TrainingStateError
-from jobs.train.step import Stepper
-from jobs.train.worker import DivergedError, TrainingMemoryError, WorkerJob, train
+from jobs.train.step import StepFigures, Stepper
+from jobs.train.worker import DivergedError, WorkerJob, train
 from jobs.train.workers import Workers
 from maskrcnn_core.checkpoint import parse_checkpoint
+from maskrcnn_core.model import MaskRCNN
+from maskrcnn_core.predictor import NonFiniteError
 from tests.train.conftest import MakeJob, MakeSpec
 from tests.train.recording_watcher import RecordingWatcher
 
 ALONE = Workers(0, 1, torch.device("cpu"))
 
 
+@pytest.fixture
+def held_out(scenes: Path) -> dict[str, str]:
+    """Data to evaluate on; here the very same."""
+    return {"uri": f"coco:{scenes}/annotations.json", "images": f"{scenes}/images"}
+
+
 def losses(watcher: RecordingWatcher) -> dict[int, dict[str, float]]:
     return {told.step: dict(told.losses) for told in watcher.told if isinstance(told, StepMetrics)}
+
+
+def spoilt(terms: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: term * float("nan") for name, term in terms.items()}
 
 
 @pytest.mark.parametrize("died_at", [5])
@@ -103,12 +118,11 @@ def test_until_a_node_goes_checkpoints_are_written_more_often(
 
 
 def test_what_a_run_leaves_behind_can_be_used(
-    make_spec: MakeSpec, make_job: MakeJob, scenes: Path, tmp_path: Path
+    make_spec: MakeSpec, make_job: MakeJob, held_out: dict[str, str], tmp_path: Path
 ) -> None:
-    data = {"uri": f"coco:{scenes}/annotations.json", "images": f"{scenes}/images"}
     spec = make_spec(
         recipe={"steps": 4, "accumulate": 2, "learning_rate": 1e-9},
-        evaluate={"data": data, "every_steps": 1, "max_images": 2, "patience": 2},
+        evaluate={"data": held_out, "every_steps": 1, "max_images": 2, "patience": 2},
     )
     watcher = RecordingWatcher()
     progress = train(make_job(spec), ALONE, watcher)
@@ -121,7 +135,81 @@ def test_what_a_run_leaves_behind_can_be_used(
     assert model.provenance["step"] == progress.best_step
     (described,) = model.provenance["data"]
     assert (described["name"], described["num_images"]) == ("scenes", 12)
-    assert described["coco"].endswith("annotations.json")
+    assert (described["weight"], described["coco"].endswith("annotations.json")) == (1.0, True)
+    assert model.provenance["evaluated_on"]["num_images"] == 12
+    assert {"optimizer": "adamw", "learning_rate": 1e-9, "seed": 0}.items() <= model.provenance[
+        "recipe"
+    ].items()
+    last = parse_checkpoint((tmp_path / "run/last.safetensors").read_bytes(), "last")
+    assert last.provenance["metrics"]["segm"] == evaluations[-1].segm
+
+
+def test_what_is_evaluated_on_the_way_is_what_is_written(
+    make_spec: MakeSpec,
+    make_job: MakeJob,
+    held_out: dict[str, str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Also the statistics of batch norm, measured anew on the very numbers that are stored."""
+    evaluated: list[dict[str, torch.Tensor]] = []
+    aps = iter([0.5, 0.25])
+
+    def evaluate(model: MaskRCNN, *_: Any, step: int, **__: Any) -> EvalMetrics:
+        evaluated.append({name: value.clone() for name, value in model.state_dict().items()})
+        return EvalMetrics(step, {}, {"AP": next(aps)})
+
+    monkeypatch.setattr(worker, "evaluate_model", evaluate)
+    spec = make_spec(
+        recipe={"steps": 2, "calibration_batches": 1},
+        out={"uri": str(tmp_path / "run"), "dtype": "fp16"},
+        evaluate={"data": held_out, "every_steps": 1},
+    )
+    train(make_job(spec), ALONE, RecordingWatcher())
+    for name, its in zip(("model", "last"), evaluated, strict=True):
+        written = parse_checkpoint((tmp_path / f"run/{name}.safetensors").read_bytes(), name).build()
+        for key, value in written.state_dict().items():
+            tolerance = 1e-3 if "running" in key else 0  # they are measured last, and then stored
+            assert torch.allclose(value, its[key], rtol=tolerance, atol=tolerance), key
+        counts = {int(value) for key, value in its.items() if key.endswith("num_batches_tracked")}
+        assert counts == {1}
+
+
+def test_a_model_whose_ap_cannot_be_measured_is_written_and_patience_does_not_count(
+    make_spec: MakeSpec, make_job: MakeJob, scenes: Path, tmp_path: Path
+) -> None:
+    """COCO's AP is -1 where no annotation is there to be found, as on the first image here."""
+    known = json.loads((scenes / "annotations.json").read_text())
+    first = min(known["images"], key=lambda image: str(image["file_name"]))["id"]
+    known["annotations"] = [a for a in known["annotations"] if a["image_id"] != first]
+    (tmp_path / "some.json").write_text(json.dumps(known))
+    data = {"uri": f"coco:{tmp_path}/some.json", "images": f"{scenes}/images"}
+    spec = make_spec(
+        recipe={"steps": 2, "total_batch": 1, "calibration_batches": 0},
+        evaluate={"data": data, "every_steps": 1, "max_images": 1, "patience": 1},
+    )
+    watcher = RecordingWatcher()
+    assert train(make_job(spec), ALONE, watcher).step == 2
+    evaluations = [told for told in watcher.told if isinstance(told, EvalMetrics)]
+    assert [metrics.segm["AP"] for metrics in evaluations] == [-1.0, -1.0]
+    assert (
+        parse_checkpoint((tmp_path / "run/model.safetensors").read_bytes(), "model").provenance["step"] == 2
+    )
+
+
+@pytest.mark.slow
+def test_a_compiled_backbone_has_the_loss_of_one_that_is_not(
+    make_spec: MakeSpec, make_job: MakeJob, tmp_path: Path
+) -> None:
+    if shutil.which("g++") is None:
+        pytest.skip("torch.compile wants a C++ compiler on a CPU")
+    recipe = {"steps": 1, "total_batch": 1, "ema_decay": 0.0, "precision": "fp32"}
+    plain, compiled = RecordingWatcher(), RecordingWatcher()
+    train(make_job(make_spec(recipe=recipe)), ALONE, plain)
+    out = {"uri": str(tmp_path / "compiled")}
+    train(make_job(make_spec(recipe=recipe | {"compile": True}, out=out)), ALONE, compiled)
+    assert losses(compiled)[1] == pytest.approx(losses(plain)[1], abs=1e-4)
+    assert_same_weights(tmp_path / "run", tmp_path / "compiled", 1e-3)
 
 
 def test_a_loss_that_is_no_number_is_told_with_its_step_its_images_and_the_last_good_checkpoint(
@@ -131,12 +219,14 @@ def test_a_loss_that_is_no_number_is_told_with_its_step_its_images_and_the_last_
     seen: list[Sequence[str]] = []
     step = Stepper.step
 
-    def take_step(stepper: Stepper, passes: Sequence[TrainingBatch], number: int) -> Any:
+    def take_step(
+        stepper: Stepper, passes: Sequence[TrainingBatch], number: int, waited_s: float
+    ) -> StepFigures:
         seen.append([name for batch in passes for name in batch.names])
-        terms, norm = step(stepper, passes, number)
+        figures = step(stepper, passes, number, waited_s)
         if number == 2:
-            terms = {name: term * float("nan") for name, term in terms.items()}
-        return terms, norm
+            figures = replace(figures, terms=spoilt(figures.terms))
+        return figures
 
     monkeypatch.setattr(Stepper, "step", take_step)
     spec = make_spec(checkpoint={"every_steps": 2, "every_s": 1e6})
@@ -159,10 +249,35 @@ def test_a_checkpoint_may_fall_on_a_step_that_was_looked_at(
     assert train(make_job(spec), ALONE, RecordingWatcher()).step == 3
 
 
-def test_a_rate_that_is_far_too_high_ends_the_run(make_spec: MakeSpec, make_job: MakeJob) -> None:
-    spec = make_spec(recipe={"learning_rate": 1e20, "steps": 3, "warmup_steps": 0, "clip_norm": 0})
-    with pytest.raises(DivergedError, match=r"(the loss is (nan|inf)|not finite) at step [23]; lower recipe"):
+def test_a_rate_that_is_far_too_high_ends_the_run_before_anything_is_evaluated_with_it(
+    make_spec: MakeSpec, make_job: MakeJob, held_out: dict[str, str], tmp_path: Path
+) -> None:
+    """The last good checkpoint is the one that the run began at; the one after it is damaged."""
+    spec = make_spec(
+        recipe={"learning_rate": 1e20, "warmup_steps": 0, "clip_norm": 0},
+        evaluate={"data": held_out, "every_steps": 3, "max_images": 1},
+        checkpoint={"every_s": 1e6},
+    )
+    job = make_job(spec)
+    Path(tmp_path, "run/checkpoints/step-00000009.safetensors").write_bytes(b"half")
+    with pytest.raises(DivergedError, match=r"(the loss is (nan|inf)|not finite) at step [23]; ") as caught:
+        train(job, ALONE, RecordingWatcher())
+    assert str(caught.value).endswith("/run/checkpoints/step-00000000.safetensors")
+
+
+def test_an_evaluation_of_broken_weights_whose_loss_was_finite_names_its_step_and_a_good_checkpoint(
+    make_spec: MakeSpec, make_job: MakeJob, held_out: dict[str, str]
+) -> None:
+    spec = make_spec(
+        recipe={"learning_rate": 1e20, "warmup_steps": 0, "clip_norm": 0},
+        evaluate={"data": held_out, "every_steps": 1, "max_images": 1},
+        checkpoint={"every_s": 1e6},
+    )
+    with pytest.raises(
+        NonFiniteError, match=r"evaluation after step 1, .* lower recipe\.learning_rate"
+    ) as caught:
         train(make_job(spec), ALONE, RecordingWatcher())
+    assert str(caught.value).endswith("/run/checkpoints/step-00000000.safetensors")
 
 
 def test_a_step_that_takes_more_memory_than_there_is_names_its_images_and_the_settings(
@@ -179,6 +294,33 @@ def test_a_step_that_takes_more_memory_than_there_is_names_its_images_and_the_se
     assert len(re.findall(r"scene-\d+", told)) == 2
     for setting in ("recipe.accumulate", "recipe.total_batch", "recipe.shorter_sides"):
         assert setting in told
+
+
+@pytest.mark.parametrize(
+    ("allocating", "told"),
+    [
+        ("evaluate_model", "the evaluation after step 1 .* model.max_size_px"),
+        ("recalibrate_batch_norm", "batch norm's statistics after step 1 .* recipe.calibration_batches=0"),
+        ("snapshot", "the checkpoint of step 1 .* scaling.cpus_per_worker"),
+    ],
+)
+def test_whatever_else_takes_more_memory_than_there_is_names_its_settings(
+    allocating: str,
+    told: str,
+    make_spec: MakeSpec,
+    make_job: MakeJob,
+    held_out: dict[str, str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """An error of torch's would start the workers anew, to meet it again."""
+
+    def allocate(*_: Any, **__: Any) -> None:
+        torch.empty(1 << 60, dtype=torch.uint8)
+
+    monkeypatch.setattr(worker, allocating, allocate)
+    spec = make_spec(recipe={"steps": 1, "total_batch": 1}, evaluate={"data": held_out, "max_images": 1})
+    with pytest.raises(TrainingMemoryError, match=told):
+        train(make_job(spec), ALONE, RecordingWatcher())
 
 
 def test_another_error_of_torch_stays_what_it_is(
@@ -233,9 +375,11 @@ def _diverge(rank: int, job: WorkerJob, folder: str) -> None:
     dist.init_process_group("gloo", init_method=met, rank=rank, world_size=2, timeout=limit)
     step = Stepper.step
 
-    def take_step(stepper: Stepper, passes: Sequence[TrainingBatch], number: int) -> Any:
-        terms, norm = step(stepper, passes, number)
-        return {name: term * float("nan") if number >= 2 else term for name, term in terms.items()}, norm
+    def take_step(
+        stepper: Stepper, passes: Sequence[TrainingBatch], number: int, waited_s: float
+    ) -> StepFigures:
+        figures = step(stepper, passes, number, waited_s)
+        return figures if number < 2 else replace(figures, terms=spoilt(figures.terms))
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Stepper, "step", take_step)
