@@ -93,7 +93,7 @@ def test_a_model_is_trained_registered_and_not_trained_again(
 
     again = RecordingWatcher()
     assert run_train(spec, again).run_id == summary.run_id
-    assert again.told == [f"nothing to do: run {summary.run_id} is done."]
+    assert again.told == [f"nothing to do: run {summary.run_id} is done, its model registered as scenes@1."]
     with pytest.raises(UsageError, match=r"holds run .* of another spec"):
         run_train(make_spec(scenes, tmp_path / "run", recipe={"steps": 3}), again)
 
@@ -220,13 +220,16 @@ def test_a_killed_worker_costs_less_than_a_checkpoints_interval(
 
 
 @pytest.mark.slow
-def test_a_killed_driver_is_taken_up_by_the_same_command(scenes: Path, tmp_path: Path) -> None:
-    spec = sections(
-        scenes,
-        tmp_path / "run",
-        recipe={"steps": 60},
-        checkpoint={"every_steps": 5, "every_s": 1e6},
-    )
+def test_a_killed_driver_is_taken_up_by_the_same_command_with_the_losses_of_an_unbroken_run(
+    scenes: Path, tmp_path: Path, local_ray: ClusterInfo
+) -> None:
+    settings: dict[str, Any] = {
+        "recipe": {"steps": 60},
+        "checkpoint": {"every_steps": 5, "every_s": 1e6},
+    }
+    whole = RecordingWatcher()
+    run_train(make_spec(scenes, tmp_path / "whole", **settings), whole, log_every_s=0.0)
+    spec = sections(scenes, tmp_path / "run", **settings)
     (tmp_path / "train.yaml").write_text(yaml.safe_dump(spec))
     command = [sys.executable, "-m", "jobs.cli", "train", str(tmp_path / "train.yaml"), "--json"]
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
@@ -243,6 +246,18 @@ def test_a_killed_driver_is_taken_up_by_the_same_command(scenes: Path, tmp_path:
     summary = json.loads(ended.stdout.splitlines()[-1])
     assert (summary["status"], summary["steps"]) == ("done", 60)
     assert summary["first_step"] >= 10
+    # The command reports once a second, so a report is the mean of the steps since the one before.
+    wanted, before = losses(whole.told), summary["first_step"]
+    resumed = [
+        m for m in read_history(str(tmp_path / "run"), Storage(StorageSpec())).steps if m.step > before
+    ]
+    for metrics in resumed:
+        taken = range(before + 1, metrics.step + 1)
+        for name, term in metrics.losses.items():
+            mean = sum(wanted[step][name] for step in taken) / len(taken)
+            assert term == pytest.approx(mean, abs=1e-3), (taken, name)
+        before = metrics.step
+    assert before == 60
 
 
 @pytest.mark.slow
