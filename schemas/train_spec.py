@@ -146,7 +146,8 @@ class RecipeSpec(Section):
     clip_norm: NotNegative | None = Field(default=None, description="of all gradients; 0: no clipping")
     ema_decay: Fraction | None = Field(default=None, description="of the averaged weights; 0: no average")
     calibration_batches: CountOrZero | None = Field(
-        default=None, description="batch norm of the averaged weights is measured anew over so many; 0: not"
+        default=None,
+        description="the backbone's batch norm is measured anew over so many, for each evaluation; 0: not",
     )
     precision: Literal["fp32", "bf16"] | None = None
     shorter_sides: Sides | None = Field(default=None, description="multi-scale: one of them is drawn")
