@@ -26,7 +26,7 @@ ENDED_BY_SIGKILL = (
     ("error", "told"),
     [
         (
-            OutOfMemoryError(ENDED_BY_RAY),
+            OutOfMemoryError(ENDED_BY_RAY),  # type: ignore[no-untyped-call]
             "Ray ended it because its node ran low on memory (5.48GB used / 23.54GB limit)",
         ),
         (

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 import torch
 
-from jobs.train import meter
 from jobs.train.meter import Meter
 from jobs.train.recipe import Recipe
 from jobs.train.step import StepFigures
@@ -13,7 +14,7 @@ from jobs.train.step import StepFigures
 
 def test_an_evaluation_is_none_of_the_steps_time(monkeypatch: pytest.MonkeyPatch) -> None:
     now_s = 100.0
-    monkeypatch.setattr(meter.time, "monotonic", lambda: now_s)
+    monkeypatch.setattr(time, "monotonic", lambda: now_s)
     measured = Meter(Recipe("one", steps=9, warmup_steps=1, total_batch=8), num_workers=2, step=4)
     for loss in (1.0, 3.0):
         measured.add(StepFigures({"loss": torch.tensor(loss)}, torch.tensor(2.0), torch.tensor(0.5)))

@@ -155,7 +155,7 @@ def test_a_worker_that_died_for_want_of_memory_is_told_with_its_step_images_and_
     def fit(group: TrainWatcher) -> Exception:
         group.started(6, 0, "lite")
         group.step(StepMetrics(2, {"loss_mask": 0.5}, 0.01, 12.5, 0.02, 1 << 30, 1, 1.5))
-        return OutOfMemoryError("1 worker(s) were killed due to the node running low on memory. …")
+        return OutOfMemoryError("1 worker(s) were killed due to the node running low on memory. …")  # type: ignore[no-untyped-call]
 
     without_ray(fit)
     spec = make_spec()
