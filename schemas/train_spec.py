@@ -104,14 +104,17 @@ class TrainModelSpec(Section):
     )
     backbone: Uri | None = Field(
         default=None,
-        description="a preset's backbone weights, a state dict of torchvision (.pth, .safetensors)",
+        description="a preset's backbone weights, a state dict of torchvision (.pth, .safetensors); null: "
+        "random ones",
     )
     name: ModelName | None = Field(default=None, description="of the checkpoint; null: the model's own")
     norm: Literal["frozen_bn", "bn", "sync_bn", "gn"] | None = Field(
-        default=None, description="normalisation of a preset's backbone"
+        default=None,
+        description="normalisation of a preset's backbone; null: the preset's, bn for random weights",
     )
     trainable_stages: Stages | None = Field(
-        default=None, description="stages of the backbone that are trained"
+        default=None,
+        description="stages of the backbone that are trained; null: the preset's, all 5 of random weights",
     )
     min_size_px: Count | None = Field(default=None, description="shorter side when it labels")
     max_size_px: Count | None = Field(default=None, description="longer side when it labels, at most")

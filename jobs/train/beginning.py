@@ -35,6 +35,8 @@ def begin(
     categories = find_categories(spec.data, spec.model, storage, spec.lake_uri)
     start = start_model(spec.model, categories, spec.recipe.seed, storage, spec.lake_uri)
     categories = start.model.config.categories
+    for told in start.notes:
+        note(told)
     for name in (*spec.data, *(["evaluate"] if spec.evaluate.data else [])):
         note(f"preparing the data set {name} …")
     sets = tuple(
