@@ -40,13 +40,15 @@ def begin(
     for name in (*spec.data, *(["evaluate"] if spec.evaluate.data else [])):
         note(f"preparing the data set {name} …")
     sets = tuple(
-        make_data_file(name, data, categories, storage, out_uri, strict=spec.strict)
+        make_data_file(name, data, categories, storage, f"{out_uri}/data/{name}.arrow", strict=spec.strict)
         for name, data in spec.data.items()
     )
     evaluation = None
     if spec.evaluate.data is not None:
+        # Not among the sets to learn from, one of which may be called so.
+        uri = f"{out_uri}/evaluation.arrow"
         evaluation = make_data_file(
-            "evaluation", spec.evaluate.data, categories, storage, out_uri, strict=spec.strict
+            "evaluation", spec.evaluate.data, categories, storage, uri, strict=spec.strict
         )
     for file in (*sets, *([evaluation] if evaluation else [])):
         left_out = ", ".join(f"{count:,} {kind}" for kind, count in file.problems.items())

@@ -1,7 +1,8 @@
 """The data of a run: sets made once, kept beside the run, and fetched by every worker's machine.
 
-Enters: data sections of a spec. Leaves: <out>/data/<name>.arrow, the categories, and what each set holds. The
-version of a label table is pinned when its set is made, so a run that is taken up again sees the same rows.
+Enters: data sections of a spec. Leaves: an Arrow file each below <out>, the categories, and what each set
+holds. The version of a label table is pinned when its set is made, so a run that is taken up again sees the
+same rows. A set is never in memory as a whole.
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ from jobs.lake.labels_table import LabelsTable
 from jobs.lake.models import read_checkpoint_bytes
 from jobs.lake.storage import Storage
 from jobs.train.coco_json import CocoJson, read_categories
+from jobs.train.image_locations import ImageReader
 from jobs.train.label_rows import LabelRows
+from jobs.train.readable_images import check_images
 from jobs.train.records import Records
 from jobs.train.training_set import TrainingSet, build
 from maskrcnn_core.checkpoint import CheckpointError, parse_checkpoint
@@ -36,13 +39,14 @@ Categories = tuple[tuple[int, str], ...]
 class DataFile:
     """One set, as it lies in storage.
 
-    fingerprint: of names, sizes and annotations; problems: what was left out of it, by kind; description:
-    what it was made of, with the label table's version.
+    fingerprint: of names, sizes and annotations; digest: BLAKE2b of the file; problems: what was left out of
+    it, by kind; description: what it was made of, with the label table's version.
     """
 
     name: str
     uri: str
     fingerprint: str
+    digest: str
     num_images: int
     weight: float = 1.0
     problems: Mapping[str, int] = field(default_factory=dict)
@@ -86,9 +90,9 @@ def find_categories(
 
 
 def make_data_file(
-    name: str, spec: DataSpec, categories: Categories, storage: Storage, out_uri: str, *, strict: bool
+    name: str, spec: DataSpec, categories: Categories, storage: Storage, uri: str, *, strict: bool
 ) -> DataFile:
-    """Build a set and put it beside the run.
+    """Build a set, try a few of its images, and put it at `uri`.
 
     Raises:
         UsageError: there is nothing to learn from, or, if strict, something is wrong with it.
@@ -97,10 +101,17 @@ def make_data_file(
     with tempfile.TemporaryDirectory(prefix="masklake-data-") as folder:
         path = Path(folder) / f"{name}.arrow"
         made = build(path, _records(spec, storage), categories, storage, strict=strict)
-        uri = f"{out_uri}/data/{name}.arrow"
-        storage.write_bytes(uri, path.read_bytes())
+        check_images(name, made, ImageReader(storage), strict=strict)
+        storage.write_file(uri, path)
         return DataFile(
-            name, uri, made.fingerprint, len(made), spec.weight, made.problems, dict(made.description)
+            name,
+            uri,
+            made.fingerprint,
+            _digest(path),
+            len(made),
+            spec.weight,
+            made.problems,
+            dict(made.description),
         )
 
 
@@ -108,7 +119,7 @@ def fetch_data_file(file: DataFile, folder: Path, storage: Storage) -> TrainingS
     """The set, from this machine's folder, where the first of its workers put it.
 
     Raises:
-        UsageError: it is not the set that the run was started with.
+        UsageError: it is not the file that the run was started with.
         StorageError: it cannot be fetched.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -123,15 +134,20 @@ def fetch_data_file(file: DataFile, folder: Path, storage: Storage) -> TrainingS
         ):
             shutil.copyfileobj(stream, local)
             local.flush()
-            found = TrainingSet(Path(local.name)).fingerprint
-            if found != file.fingerprint:
+            found = _digest(Path(local.name))
+            if found != file.digest:
                 raise UsageError(
-                    f"{file.uri} is another set than this run was started with ({found}, wanted "
-                    f"{file.fingerprint}); choose another --out"
+                    f"{file.uri} is another file than this run was started with, or damaged (its digest is "
+                    f"{found}, wanted {file.digest}); choose another --out"
                 )
             with suppress(FileExistsError):
                 os.link(local.name, path)
     return TrainingSet(path)
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 
 
 def _records(spec: DataSpec, storage: Storage) -> Records:

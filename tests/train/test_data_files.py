@@ -1,13 +1,18 @@
 """The data of a run and its record, jobs/train/data_files.py and run_record.py."""
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from pycocotools import mask as coco_mask
 
 from jobs.lake.storage import Storage
+from jobs.train.coco_json import CocoJson
 from jobs.train.data_files import (
     DataFile,
     fetch_data_file,
@@ -15,10 +20,13 @@ from jobs.train.data_files import (
     make_data_file,
 )
 from jobs.train.run_record import RunRecord, read_record, spec_hash, write_record
+from jobs.train.training_set import build
 from schemas.errors import UsageError
 from schemas.spec_loader import parse_spec
-from schemas.specs import StorageSpec
+from schemas.specs import SourceSpec, StorageSpec
 from schemas.train_spec import DataSpec, TrainModelSpec, split_version
+from tests.lake.faulty_s3 import serve_s3
+from tests.train.coco_files import CATEGORIES, annotation, image, write_files, write_json
 from tests.train.conftest import MakeSpec
 
 STORAGE = Storage(StorageSpec())
@@ -72,7 +80,7 @@ def made(scenes: Path, tmp_path: Path) -> DataFile:
         DataSpec, {"uri": f"coco:{scenes}/annotations.json", "images": f"{scenes}/images"}, "spec"
     )
     categories = find_categories({"a": spec}, model("lite"), STORAGE)
-    return make_data_file("a", spec, categories, STORAGE, f"file://{tmp_path}", strict=True)
+    return make_data_file("a", spec, categories, STORAGE, f"file://{tmp_path}/data/a.arrow", strict=True)
 
 
 def test_a_set_is_fetched_as_it_was_made(made: DataFile, tmp_path: Path) -> None:
@@ -83,15 +91,74 @@ def test_a_set_is_fetched_as_it_was_made(made: DataFile, tmp_path: Path) -> None
     assert len(fetch_data_file(made, tmp_path / "local", STORAGE)) == 12  # this machine has it
 
 
-def test_a_set_that_was_replaced_is_refused(made: DataFile, tmp_path: Path) -> None:
-    other = replace(made, fingerprint="0" * 32)
-    with pytest.raises(UsageError, match="is another set than this run was started with"):
-        fetch_data_file(other, tmp_path / "local", STORAGE)
+def test_a_set_that_was_replaced_or_damaged_is_refused(made: DataFile, tmp_path: Path) -> None:
+    path = tmp_path / "data/a.arrow"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(UsageError, match="is another file than this run was started with, or damaged"):
+        fetch_data_file(made, tmp_path / "local", STORAGE)
     assert list((tmp_path / "local").iterdir()) == []
 
 
+_PUT_AND_FETCH = """
+import shutil, sys
+from pathlib import Path
+from jobs.lake import s3_store
+from jobs.lake.storage import Storage
+from jobs.train import data_files
+from jobs.train.training_set import TrainingSet
+from schemas.spec_loader import parse_spec
+from schemas.specs import SourceSpec, StorageSpec
+from schemas.train_spec import DataSpec
+from tests.train.coco_files import CATEGORIES
+
+built, endpoint, uri, folder = sys.argv[1:]
+s3_store.PART_BYTES = 8 << 20
+data_files.build = lambda path, *_, **__: shutil.copy(built, path) and TrainingSet(path)
+data_files.check_images = lambda *_, **__: None
+storage = Storage(StorageSpec(endpoint_url=endpoint))
+spec = parse_spec(DataSpec, {"uri": "coco:a.json", "images": "a"}, "spec")
+made = data_files.make_data_file("a", spec, CATEGORIES, storage, uri, strict=False)
+fetched = data_files.fetch_data_file(made, Path(folder), storage)
+peak = next(line for line in open("/proc/self/status") if line.startswith("VmHWM"))
+print(fetched.path.stat().st_size, peak.split()[1])
+"""
+
+
+@pytest.mark.slow
+def test_a_set_is_put_and_fetched_in_memory_that_does_not_grow_with_it(tmp_path: Path) -> None:
+    """Two sizes, each over the wire in a process of its own; what a build takes is not counted, nor are there
+    images."""
+    checkered = np.asfortranarray((np.indices((1000, 1000)).sum(0) % 2).astype(np.uint8))
+    noisy: Any = coco_mask.encode(checkered)  # a megabyte
+    noisy["counts"] = noisy["counts"].decode()
+    sizes, peaks = [], []
+    with serve_s3() as (server, storage):
+        for num_images in (8, 108):
+            names = [f"{n:03d}.png" for n in range(num_images)]
+            write_files(tmp_path / "images", dict.fromkeys(names, b""))
+            images = [image(n, name, height=1000, width=1000) for n, name in enumerate(names)]
+            annotations = [annotation(n, id=n, segmentation=noisy) for n in range(num_images)]
+            records = CocoJson(
+                str(write_json(tmp_path, images, annotations)), SourceSpec(uri=f"{tmp_path}/images"), STORAGE
+            )
+            built = build(tmp_path / "built.arrow", records, CATEGORIES, STORAGE)
+            uri = f"{server.new_bucket(storage)}/a.arrow"
+            command = [sys.executable, "-c", _PUT_AND_FETCH, str(built.path), server.endpoint_url, uri]
+            done = subprocess.run(
+                [*command, str(tmp_path / str(num_images))], capture_output=True, text=True, check=False
+            )
+            assert done.returncode == 0, done.stderr
+            size, peak_kib = map(int, done.stdout.split())
+            sizes.append(size)
+            peaks.append(peak_kib << 10)
+    assert sizes[1] - sizes[0] > 95e6
+    assert peaks[1] - peaks[0] < 48e6
+
+
 def record(spec: Any, **changes: Any) -> RunRecord:
-    file = DataFile("a", "file:///a.arrow", "ab" * 16, 12, 1.0, {"bad_rle": 2}, {"coco": "x"})
+    file = DataFile("a", "file:///a.arrow", "ab" * 16, "cd" * 16, 12, 1.0, {"bad_rle": 2}, {"coco": "x"})
     whole = RunRecord("train-1", spec_hash(spec), "lite", {"preset": "lite"}, {}, (file,), None)
     return replace(whole, **changes)
 
