@@ -5,7 +5,7 @@ Enters: a spec, an empty <out>. Leaves: all that workers need to go on from the 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import yaml
 
@@ -17,6 +17,7 @@ from jobs.train.recipe import Recipe
 from jobs.train.run_record import RunRecord, new_run_id, spec_hash, write_record
 from jobs.train.start import start_model
 from jobs.train.state import Progress, snapshot
+from maskrcnn_core.config import MaskRCNNConfig
 from schemas.train_spec import TrainSpec
 
 
@@ -35,7 +36,7 @@ def begin(
     categories = find_categories(spec.data, spec.model, storage, spec.lake_uri)
     start = start_model(spec.model, categories, spec.recipe.seed, storage, spec.lake_uri)
     categories = start.model.config.categories
-    for told in start.notes:
+    for told in (*start.notes, *_told_of_sizes(recipe, start.model.config)):
         note(told)
     for name in (*spec.data, *(["evaluate"] if spec.evaluate.data else [])):
         note(f"preparing the data set {name} …")
@@ -70,3 +71,14 @@ def begin(
     storage.write_bytes(f"{out_uri}/spec.yaml", plain.encode())
     write_record(out_uri, record, storage)
     return record
+
+
+def _told_of_sizes(recipe: Recipe, config: MaskRCNNConfig) -> Iterator[str]:
+    """A line where the model would label at another scale than it was trained at. Jitter has nearly all."""
+    low, high = min(recipe.shorter_sides), max(recipe.shorter_sides)
+    if recipe.canvas_px is None and not low <= config.min_size_px <= high:
+        yield (
+            f"images are trained on at shorter sides of {low} to {high} px (recipe.shorter_sides), and "
+            f"evaluated and labelled at {config.min_size_px} (model.min_size_px): set one of them, so that "
+            "they meet"
+        )
