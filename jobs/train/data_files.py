@@ -100,7 +100,8 @@ def make_data_file(
     """
     with tempfile.TemporaryDirectory(prefix="masklake-data-") as folder:
         path = Path(folder) / f"{name}.arrow"
-        made = build(path, _records(spec, storage), categories, storage, strict=strict)
+        records = _records(spec, storage)
+        made = build(path, records, categories, storage, strict=strict, drop_empty=spec.drop_empty)
         check_images(name, made, ImageReader(storage), strict=strict)
         storage.write_file(uri, path)
         return DataFile(
@@ -115,13 +116,17 @@ def make_data_file(
         )
 
 
-def fetch_data_file(file: DataFile, folder: Path, storage: Storage) -> TrainingSet:
+def fetch_data_file(file: DataFile, folder: Path | None, storage: Storage) -> TrainingSet:
     """The set, from this machine's folder, where the first of its workers put it.
 
+    Args:
+        folder: None for the user's own below this machine's TMPDIR.
+
     Raises:
-        UsageError: it is not the file that the run was started with.
+        UsageError: it is not the file that the run was started with, or the folder is another user's.
         StorageError: it cannot be fetched.
     """
+    folder = _own_folder() if folder is None else folder
     folder.mkdir(parents=True, exist_ok=True)
     # Two sets with one fingerprint may have their images in other places.
     place = hashlib.blake2b(file.uri.encode(), digest_size=8).hexdigest()
@@ -143,6 +148,15 @@ def fetch_data_file(file: DataFile, folder: Path, storage: Storage) -> TrainingS
             with suppress(FileExistsError):
                 os.link(local.name, path)
     return TrainingSet(path)
+
+
+def _own_folder() -> Path:
+    user = os.getuid()
+    folder = Path(tempfile.gettempdir()) / f"masklake-training-sets-{user}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    if folder.lstat().st_uid != user:  # whose sets could be anything, by the names of ours
+        raise UsageError(f"{folder} belongs to another user; remove it, or set TMPDIR to another folder")
+    return folder
 
 
 def _digest(path: Path) -> str:

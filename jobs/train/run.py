@@ -14,7 +14,6 @@ import tempfile
 import time
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import ray.train
@@ -220,7 +219,7 @@ class _Driver:
                 self.spec,
                 self.out_uri,
                 self.storage,
-                _data_folder(),
+                None,
                 plan.torch_threads,
                 plan.loader_threads,
                 self.log_every_s,
@@ -282,7 +281,7 @@ class _Driver:
         }
         samples = []
         if self.record.evaluation is not None:
-            data_set = fetch_data_file(self.record.evaluation, _data_folder(), self.storage)
+            data_set = fetch_data_file(self.record.evaluation, None, self.storage)
             samples = take_samples(checkpoint.build(), data_set, ImageReader(self.storage).read)
         facts_of_run = RunFacts(self.record.run_id, "done", settings, data)
         write_report(self.out_uri, self.storage, facts_of_run, history, samples, checkpoint.config)
@@ -337,11 +336,6 @@ def _train_on_ray(config: dict[str, Any]) -> None:
             raise
     finally:
         sender.flush()
-
-
-def _data_folder() -> Path:
-    """Where a machine keeps the sets that it fetched, by fingerprint."""
-    return Path(tempfile.gettempdir()) / "masklake-training-sets"
 
 
 def _described(file: DataFile) -> str:

@@ -1,6 +1,7 @@
 """The data of a run and its record, jobs/train/data_files.py and run_record.py."""
 
 import json
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -24,9 +25,9 @@ from jobs.train.training_set import build
 from schemas.errors import UsageError
 from schemas.spec_loader import parse_spec
 from schemas.specs import SourceSpec, StorageSpec
-from schemas.train_spec import DataSpec, TrainModelSpec, split_version
+from schemas.train_spec import DataSpec, TrainModelSpec, TrainSpec, split_version
 from tests.lake.faulty_s3 import serve_s3
-from tests.train.coco_files import CATEGORIES, annotation, image, write_files, write_json
+from tests.train.coco_files import CATEGORIES, annotation, image, picture, write_files, write_json
 from tests.train.conftest import MakeSpec
 
 STORAGE = Storage(StorageSpec())
@@ -89,6 +90,16 @@ def test_a_set_is_fetched_as_it_was_made(made: DataFile, tmp_path: Path) -> None
     assert (len(found), found.fingerprint) == (12, made.fingerprint)
     (tmp_path / "data/a.arrow").unlink()
     assert len(fetch_data_file(made, tmp_path / "local", STORAGE)) == 12  # this machine has it
+
+
+def test_images_without_annotations_are_background_or_left_out_by_wish(tmp_path: Path) -> None:
+    write_files(tmp_path / "images", {f"{n}.png": picture(n) for n in range(3)})
+    path = write_json(tmp_path, [image(n) for n in range(3)], [annotation(1)])
+    for drop_empty, num_images in ((False, 3), (True, 1)):
+        settings = {"uri": f"coco:{path}", "images": f"{tmp_path}/images", "drop_empty": drop_empty}
+        spec = parse_spec(DataSpec, settings, "spec")
+        made = make_data_file("a", spec, CATEGORIES, STORAGE, f"file://{tmp_path}/a.arrow", strict=True)
+        assert made.num_images == num_images
 
 
 def test_a_set_that_was_replaced_or_damaged_is_refused(made: DataFile, tmp_path: Path) -> None:
@@ -157,6 +168,19 @@ def test_a_set_is_put_and_fetched_in_memory_that_does_not_grow_with_it(tmp_path:
     assert peaks[1] - peaks[0] < 48e6
 
 
+def test_sets_are_fetched_to_a_folder_of_the_users_own(
+    made: DataFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    folder = fetch_data_file(made, None, STORAGE).path.parent
+    assert folder == tmp_path / f"masklake-training-sets-{os.getuid()}"
+    assert folder.stat().st_mode & 0o777 == 0o700
+    monkeypatch.setattr("os.getuid", lambda: 4711)
+    folder.rename(tmp_path / "masklake-training-sets-4711")
+    with pytest.raises(UsageError, match="masklake-training-sets-4711 belongs to another user"):
+        fetch_data_file(made, None, STORAGE)
+
+
 def record(spec: Any, **changes: Any) -> RunRecord:
     file = DataFile("a", "file:///a.arrow", "ab" * 16, "cd" * 16, 12, 1.0, {"bad_rle": 2}, {"coco": "x"})
     whole = RunRecord("train-1", spec_hash(spec), "lite", {"preset": "lite"}, {}, (file,), None)
@@ -183,6 +207,22 @@ def test_workers_and_checkpoints_may_change_and_what_is_learnt_may_not(
     assert read_record(out, make_spec(scaling={"num_workers": 2}, checkpoint={"keep": 5}), STORAGE)
     with pytest.raises(UsageError, match="holds run train-1 of another spec; choose another --out"):
         read_record(out, make_spec(recipe={"learning_rate": 0.5}), STORAGE)
+
+
+def test_another_spelling_of_a_place_is_the_same_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def hash_of(here: str, version: str = "@3") -> str:
+        data = {
+            "a": {"uri": f"coco:{here}a.json", "images": f"{here}images"},
+            "b": {"uri": f"lake:{here}lake{version}"},
+        }
+        model = {"uri": f"{here}model.safetensors"}
+        sections = {"data": data, "model": model, "out": {"uri": f"{here}run7/"}}
+        return spec_hash(parse_spec(TrainSpec, sections, "spec"))
+
+    monkeypatch.chdir(tmp_path)
+    assert hash_of("") == hash_of("./") == hash_of(f"file://{tmp_path}/")
+    assert hash_of("") != hash_of("x/")
+    assert hash_of("") != hash_of("", version="@4")
 
 
 @pytest.mark.parametrize("content", [b"", b"[]", b"{}", b'{"format": "other"}'])
