@@ -213,7 +213,7 @@ class S3Store:
         begin = partial(self._call, "create_multipart_upload", **where, Metadata={_WRITER_KEY: writer})
         upload = where | {"UploadId": attempt(begin)["UploadId"]}
         try:
-            parts = []
+            parts: list[dict[str, Any]] = []
             with file.open("rb") as content:
                 while data := content.read(max(PART_BYTES, -(-size // _MOST_PARTS))):
                     part = {"PartNumber": len(parts) + 1, "Body": data} | self._checksum(data)
