@@ -6,6 +6,7 @@ Enters: a spec, an empty <out>. Leaves: all that workers need to go on from the 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import yaml
 
@@ -38,23 +39,12 @@ def begin(
     categories = start.model.config.categories
     for told in (*start.notes, *_told_of_sizes(recipe, start.model.config)):
         note(told)
-    for name in (*spec.data, *(["evaluate"] if spec.evaluate.data else [])):
-        note(f"preparing the data set {name} …")
-    sets = tuple(
-        make_data_file(name, data, categories, storage, f"{out_uri}/data/{name}.arrow", strict=spec.strict)
-        for name, data in spec.data.items()
-    )
+    make = partial(make_data_file, categories=categories, storage=storage, strict=spec.strict, note=note)
+    sets = tuple(make(name, data, uri=f"{out_uri}/data/{name}.arrow") for name, data in spec.data.items())
     evaluation = None
     if spec.evaluate.data is not None:
         # Not among the sets to learn from, one of which may be called so.
-        uri = f"{out_uri}/evaluation.arrow"
-        evaluation = make_data_file(
-            "evaluation", spec.evaluate.data, categories, storage, uri, strict=spec.strict
-        )
-    for file in (*sets, *([evaluation] if evaluation else [])):
-        left_out = ", ".join(f"{count:,} {kind}" for kind, count in file.problems.items())
-        left_out = f"; left out: {left_out}" if left_out else ""
-        note(f"{file.name}: {file.num_images:,} images{left_out}")
+        evaluation = make("evaluation", spec.evaluate.data, uri=f"{out_uri}/evaluation.arrow")
     record = RunRecord(
         new_run_id(),
         spec_hash(spec),

@@ -11,7 +11,7 @@ import hashlib
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,7 +23,7 @@ from jobs.lake.storage import Storage
 from jobs.train.coco_json import CocoJson, read_categories
 from jobs.train.image_locations import ImageReader
 from jobs.train.label_rows import LabelRows
-from jobs.train.readable_images import check_images
+from jobs.train.readable_images import check_images, told_of_row_groups
 from jobs.train.records import Records
 from jobs.train.training_set import TrainingSet, build
 from maskrcnn_core.checkpoint import CheckpointError, parse_checkpoint
@@ -90,9 +90,19 @@ def find_categories(
 
 
 def make_data_file(
-    name: str, spec: DataSpec, categories: Categories, storage: Storage, uri: str, *, strict: bool
+    name: str,
+    spec: DataSpec,
+    categories: Categories,
+    storage: Storage,
+    uri: str,
+    *,
+    strict: bool,
+    note: Callable[[str], None],
 ) -> DataFile:
     """Build a set, try a few of its images, and put it at `uri`.
+
+    Args:
+        note: told what people should know of the set.
 
     Raises:
         UsageError: there is nothing to learn from, or, if strict, something is wrong with it.
@@ -101,8 +111,13 @@ def make_data_file(
     with tempfile.TemporaryDirectory(prefix="masklake-data-") as folder:
         path = Path(folder) / f"{name}.arrow"
         records = _records(spec, storage)
+        note(f"preparing the data set {name} …")
         made = build(path, records, categories, storage, strict=strict, drop_empty=spec.drop_empty)
+        left_out = ", ".join(f"{count:,} {kind}" for kind, count in made.problems.items())
+        note(f"{name}: {len(made):,} images{f'; left out: {left_out}' if left_out else ''}")
         check_images(name, made, ImageReader(storage), strict=strict)
+        for told in told_of_row_groups(name, made):
+            note(told)
         storage.write_file(uri, path)
         return DataFile(
             name,

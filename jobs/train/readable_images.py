@@ -1,11 +1,13 @@
 """The pixels of an image of a training set, or why nothing can be learnt from it.
 
 Enters: a set, an image's number, a reader. Leaves: pixels of the size that its annotations are for; a look at
-a few images of a set says before a run begins whether the set is where its annotations say.
+a few images of a set says before a run begins whether the set is where its annotations say, and a look at
+their places whether they can be read in a shuffled order without reading all else.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -13,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from jobs.lake.storage import ChangedObjectError, CorruptObjectError, MissingObjectError
-from jobs.train.image_locations import ImageReader
+from jobs.train.image_locations import DEFAULT_CACHE_BYTES, ImageReader
 from jobs.train.training_set import TrainingSet
 from maskrcnn_core.images import DecodeError, decode_image
 from schemas.errors import UsageError
@@ -89,6 +91,18 @@ def check_images(name: str, data: TrainingSet, reader: ImageReader, *, strict: b
             f"the data set {name}: {len(bad)} of {len(indices)} images that were tried cannot be read, first "
             f"{bad[0].name}: {bad[0].kind} ({bad[0].problem}); check that its images are those that were "
             f"annotated, or mend them. Nothing was trained."
+        )
+
+
+def told_of_row_groups(name: str, data: TrainingSet) -> Iterator[str]:
+    """A line where single images come out of row groups that have to be read again and again."""
+    num_images, num_groups, num_bytes = data.row_groups()
+    if num_images > num_groups and num_bytes > DEFAULT_CACHE_BYTES:
+        yield (
+            f"the data set {name}: its Parquet files have {num_bytes / 2**30:,.1f} GiB and each worker keeps "
+            f"{DEFAULT_CACHE_BYTES / 2**30:g}; in a shuffled order a row group of "
+            f"{num_images / num_groups:,.0f} images is read for about each of them: write smaller row "
+            "groups, or give the images as tars or files"
         )
 
 

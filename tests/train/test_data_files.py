@@ -81,7 +81,9 @@ def made(scenes: Path, tmp_path: Path) -> DataFile:
         DataSpec, {"uri": f"coco:{scenes}/annotations.json", "images": f"{scenes}/images"}, "spec"
     )
     categories = find_categories({"a": spec}, model("lite"), STORAGE)
-    return make_data_file("a", spec, categories, STORAGE, f"file://{tmp_path}/data/a.arrow", strict=True)
+    return make_data_file(
+        "a", spec, categories, STORAGE, f"file://{tmp_path}/data/a.arrow", strict=True, note=print
+    )
 
 
 def test_a_set_is_fetched_as_it_was_made(made: DataFile, tmp_path: Path) -> None:
@@ -98,7 +100,8 @@ def test_images_without_annotations_are_background_or_left_out_by_wish(tmp_path:
     for drop_empty, num_images in ((False, 3), (True, 1)):
         settings = {"uri": f"coco:{path}", "images": f"{tmp_path}/images", "drop_empty": drop_empty}
         spec = parse_spec(DataSpec, settings, "spec")
-        made = make_data_file("a", spec, CATEGORIES, STORAGE, f"file://{tmp_path}/a.arrow", strict=True)
+        uri = f"file://{tmp_path}/a.arrow"
+        made = make_data_file("a", spec, CATEGORIES, STORAGE, uri, strict=True, note=print)
         assert made.num_images == num_images
 
 
@@ -130,7 +133,7 @@ data_files.build = lambda path, *_, **__: shutil.copy(built, path) and TrainingS
 data_files.check_images = lambda *_, **__: None
 storage = Storage(StorageSpec(endpoint_url=endpoint))
 spec = parse_spec(DataSpec, {"uri": "coco:a.json", "images": "a"}, "spec")
-made = data_files.make_data_file("a", spec, CATEGORIES, storage, uri, strict=False)
+made = data_files.make_data_file("a", spec, CATEGORIES, storage, uri, strict=False, note=lambda _: None)
 fetched = data_files.fetch_data_file(made, Path(folder), storage)
 peak = next(line for line in open("/proc/self/status") if line.startswith("VmHWM"))
 print(fetched.path.stat().st_size, peak.split()[1])
