@@ -81,6 +81,9 @@ class DataSpec(Section):
         default=None, description="folder, bucket prefix or shards; lake, null: where its labels say"
     )
     weight: Positive = Field(default=1.0, description="how often its images are drawn, beside other sets")
+    drop_empty: Flag = Field(
+        default=False, description="leave out images without annotations, which else are all background"
+    )
     model_id: Name | None = Field(default=None, description="lake: whose labels; null: the only model's")
     min_score: Fraction = Field(default=0.5, description="lake: detections below it count as background")
     ignore_below: Fraction | None = Field(
@@ -93,6 +96,11 @@ class DataSpec(Section):
             raise ValueError("images is not set: a COCO JSON does not say where its images are")
         if self.ignore_below is not None and self.ignore_below < self.min_score:
             raise ValueError(f"ignore_below {self.ignore_below} is less than min_score {self.min_score}")
+        # Values and not what was written down: a spec that was saved has them all.
+        of_lakes = ("model_id", "min_score", "ignore_below")
+        changed = [name for name in of_lakes if getattr(self, name) != type(self).model_fields[name].default]
+        if self.uri.startswith("coco:") and changed:
+            raise ValueError(f"{changed[0]} is for labels of a lake, and this is a COCO JSON: leave it out")
         return self
 
 
@@ -104,14 +112,17 @@ class TrainModelSpec(Section):
     )
     backbone: Uri | None = Field(
         default=None,
-        description="a preset's backbone weights, a state dict of torchvision (.pth, .safetensors)",
+        description="a preset's backbone weights, a state dict of torchvision (.pth, .safetensors); null: "
+        "random ones",
     )
     name: ModelName | None = Field(default=None, description="of the checkpoint; null: the model's own")
     norm: Literal["frozen_bn", "bn", "sync_bn", "gn"] | None = Field(
-        default=None, description="normalisation of a preset's backbone"
+        default=None,
+        description="normalisation of a preset's backbone; null: the preset's, bn for random weights",
     )
     trainable_stages: Stages | None = Field(
-        default=None, description="stages of the backbone that are trained"
+        default=None,
+        description="stages of the backbone that are trained; null: the preset's, all 5 of random weights",
     )
     min_size_px: Count | None = Field(default=None, description="shorter side when it labels")
     max_size_px: Count | None = Field(default=None, description="longer side when it labels, at most")
@@ -195,6 +206,15 @@ class EvaluateSpec(Section):
     patience: Count | None = Field(
         default=None, description="end when so many evaluations in a row bring no better mask AP"
     )
+
+    @model_validator(mode="after")
+    def _is_whole(self) -> "EvaluateSpec":
+        for name in ("every_steps", "max_images", "patience"):
+            if self.data is None and getattr(self, name) is not None:
+                raise ValueError(f"{name} is set and data is not: give the set to measure AP on")
+        if self.patience is not None and self.every_steps is None:
+            raise ValueError("patience is set and every_steps is not: AP would be measured at the end only")
+        return self
 
 
 class RegisterSpec(Section):

@@ -7,6 +7,7 @@ import re
 from base64 import b64decode
 from collections.abc import Iterator
 from functools import cached_property, partial
+from pathlib import Path
 from typing import Any
 
 from aiohttp import ClientError as AiohttpError
@@ -66,6 +67,9 @@ class GcsStore:
 
     def write(self, path: str, data: bytes) -> None:
         self.filesystem.pipe_file(path, data)
+
+    def write_file(self, path: str, file: Path, attempt: Attempt) -> None:
+        attempt(partial(self.filesystem.put_file, str(file), path))  # in chunks of 50 MiB
 
     def create(self, path: str, data: bytes, writer: str) -> bool:
         try:

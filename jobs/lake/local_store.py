@@ -4,13 +4,16 @@ A path is absolute. Hidden temporary files (".masklake-…") stand beside what i
 """
 
 import errno
+import io
 import os
+import shutil
 import stat
 import uuid
 from collections.abc import Iterator
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
+from typing import BinaryIO
 
 import fsspec
 
@@ -25,6 +28,7 @@ from jobs.lake.store import (
 )
 from schemas.errors import StorageError
 
+_COPIED_BYTES = 1 << 20  # at once
 # What network disks answer while their server is away.
 _TRANSIENT_ERRNOS = frozenset(
     {
@@ -75,15 +79,17 @@ class LocalStore:
         return data
 
     def write(self, path: str, data: bytes) -> None:
-        temporary = _write_beside(path, data)
-        try:
-            os.replace(temporary, path)
-        except OSError:
-            os.unlink(temporary)
-            raise
+        _replace(path, io.BytesIO(data))
+
+    def write_file(self, path: str, file: Path, attempt: Attempt) -> None:
+        def copy() -> None:
+            with file.open("rb") as content:
+                _replace(path, content)
+
+        attempt(copy)
 
     def create(self, path: str, data: bytes, writer: str) -> bool:
-        temporary = _write_beside(path, data)
+        temporary = _write_beside(path, io.BytesIO(data))
         try:
             os.link(temporary, path)  # unlike a rename, fails where the name is taken
         except FileExistsError:
@@ -150,13 +156,22 @@ def _file_info(path: str, status: os.stat_result) -> ObjectInfo:
     return ObjectInfo(f"file://{path}", status.st_size, None, f"{status.st_mtime_ns}-{status.st_size}")
 
 
-def _write_beside(path: str, data: bytes) -> str:
+def _replace(path: str, content: BinaryIO) -> None:
+    temporary = _write_beside(path, content)
+    try:
+        os.replace(temporary, path)
+    except OSError:
+        os.unlink(temporary)
+        raise
+
+
+def _write_beside(path: str, content: BinaryIO) -> str:
     folder = os.path.dirname(path)
     os.makedirs(folder, exist_ok=True)
     temporary = os.path.join(folder, f".masklake-{uuid.uuid4().hex}")
     try:
         with open(temporary, "xb") as file:
-            file.write(data)
+            shutil.copyfileobj(content, file, _COPIED_BYTES)
             file.flush()
             os.fsync(file.fileno())
     except OSError:

@@ -3,6 +3,7 @@
 import hashlib
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 
 from fsspec.implementations.memory import MemoryFileSystem
 
@@ -36,6 +37,9 @@ class MemoryStore:
 
     def write(self, path: str, data: bytes) -> None:
         self.filesystem.pipe_file(path, data)
+
+    def write_file(self, path: str, file: Path, attempt: Attempt) -> None:
+        self.write(path, file.read_bytes())  # into memory is where it goes
 
     def create(self, path: str, data: bytes, writer: str) -> bool:
         with _LOCK:

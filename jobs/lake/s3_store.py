@@ -9,9 +9,12 @@ nobody named.
 import base64
 import hashlib
 import re
+import uuid
 from collections.abc import Iterator
+from contextlib import suppress
 from datetime import datetime
 from functools import partial
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -52,6 +55,8 @@ _DIRECTORY_BUCKET = "--x-s3"  # S3 Express One Zone
 _CONNECT_TIMEOUT_S = 10
 _SILENCE_TIMEOUT_S = 30  # without a byte; a body that comes slowly may take as long as it likes
 _WRITER_KEY = "masklake-writer"
+PART_BYTES = 64 << 20  # of a large file; S3 wants 5 MiB or more
+_MOST_PARTS = 10_000  # that S3 takes
 # S3's error codes: https://docs.aws.amazon.com/AmazonS3/latest/API/ErrorResponses.html; a HEAD gives its
 # status only.
 _MISSING_CODES = frozenset({"NoSuchKey", "NotFound", "404"})
@@ -196,6 +201,41 @@ class S3Store:
     def write(self, path: str, data: bytes) -> None:
         self._put(path, data)
 
+    def write_file(self, path: str, file: Path, attempt: Attempt) -> None:
+        """An upload that fails is given up with its parts, as far as the store can be reached."""
+        size = file.stat().st_size
+        if size <= PART_BYTES:
+            attempt(partial(self._put, path, file.read_bytes()))
+            return
+        bucket, key = _split(path)
+        where = {"Bucket": bucket, "Key": key}
+        writer = uuid.uuid4().hex
+        begin = partial(self._call, "create_multipart_upload", **where, Metadata={_WRITER_KEY: writer})
+        upload = where | {"UploadId": attempt(begin)["UploadId"]}
+        try:
+            parts: list[dict[str, Any]] = []
+            with file.open("rb") as content:
+                while data := content.read(max(PART_BYTES, -(-size // _MOST_PARTS))):
+                    part = {"PartNumber": len(parts) + 1, "Body": data} | self._checksum(data)
+                    reply = attempt(partial(self._call, "upload_part", **upload, **part))
+                    parts.append({"PartNumber": len(parts) + 1, "ETag": reply["ETag"]})
+            attempt(partial(self._complete, upload, parts, writer))
+        except BaseException:
+            with suppress(StorageError):
+                attempt(partial(self._call, "abort_multipart_upload", **upload))
+            raise
+
+    def _complete(self, upload: dict[str, str], parts: list[dict[str, Any]], writer: str) -> None:
+        """Also where it was complete before, and the reply got lost."""
+        try:
+            self._call("complete_multipart_upload", **upload, MultipartUpload={"Parts": parts})
+        except OSError as error:
+            if _error_code(error) != "NoSuchUpload":
+                raise
+            head = self._call("head_object", Bucket=upload["Bucket"], Key=upload["Key"])
+            if head["Metadata"].get(_WRITER_KEY) != writer:
+                raise
+
     def create(self, path: str, data: bytes, writer: str) -> bool:
         bucket, key = _split(path)
         try:
@@ -263,10 +303,13 @@ class S3Store:
 
     def _put(self, path: str, data: bytes, **condition: Any) -> None:
         bucket, key = _split(path)
-        if self._endpoint_url:
-            digest = hashlib.md5(data, usedforsecurity=False).digest()
-            condition["ContentMD5"] = base64.b64encode(digest).decode()  # the checksums of AWS are off here
-        self._call("put_object", Bucket=bucket, Key=key, Body=data, **condition)
+        self._call("put_object", Bucket=bucket, Key=key, Body=data, **condition, **self._checksum(data))
+
+    def _checksum(self, data: bytes) -> dict[str, str]:
+        """For a body that is sent; botocore sends AWS one by itself, which is off for other servers."""
+        if not self._endpoint_url:
+            return {}
+        return {"ContentMD5": base64.b64encode(hashlib.md5(data, usedforsecurity=False).digest()).decode()}
 
     def _call(self, method: str, **request: Any) -> Any:
         return self.filesystem.call_s3(method, **request)

@@ -22,6 +22,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from itertools import count
+from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
 from jobs.lake.range_stream import CHUNK_BYTES, RangeStream
@@ -172,6 +173,14 @@ class Storage:
         """Make or replace an object, whole or not at all; folders above it are made."""
         store, path = self._stores.locate(uri)
         self._attempt(store, uri, partial(store.write, path, data))
+
+    def write_file(self, uri: str, file: Path) -> None:
+        """Like write_bytes, of a file on this machine of any size, which is not read into memory as a whole.
+
+        On S3 a large one goes up in parts, and then has no MD5 to compare when it is read.
+        """
+        store, path = self._stores.locate(uri)
+        store.write_file(path, file, partial(self._attempt, store, uri))
 
     def create_exclusive(self, uri: str, data: bytes) -> bool:
         """Make an object that must not exist yet: of many callers at once, exactly one gets True.

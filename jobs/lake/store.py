@@ -8,6 +8,7 @@ that into a StorageError.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from schemas.errors import StorageError
@@ -78,6 +79,9 @@ class Store(Protocol):
 
     def write(self, path: str, data: bytes) -> None:
         """Whole or not at all; replaces what is there."""
+
+    def write_file(self, path: str, file: Path, attempt: Attempt) -> None:
+        """Like write, of a file on this machine, of which no more than a part is in memory at once."""
 
     def create(self, path: str, data: bytes, writer: str) -> bool:
         """Like write, but False where an object exists, unless it was made by this very `writer` (a unique

@@ -8,12 +8,12 @@ so on. What is random about an image is drawn from (seed, position), and the pad
 batch, which takes the images' sizes alone: so the images of a step are the same bits for any W.
 
 An image that cannot be read or decoded becomes a blank one on which nothing is learnt, and is named in its
-batch; a store that cannot be reached stops the run.
+batch; many of them with none between that can be read, or a store that cannot be reached, stop the run.
 """
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -24,29 +24,20 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from jobs.lake.storage import ChangedObjectError, CorruptObjectError, MissingObjectError
 from jobs.train.image_locations import ImageReader
 from jobs.train.image_order import Draw, ImageOrder
+from jobs.train.readable_images import UnreadableImage, UnreadableImageError, read_pixels
 from jobs.train.training_set import TrainingSet
 from maskrcnn_core.augment import PADDING, Augmentation, Placement, apply, copy_paste, place
 from maskrcnn_core.config import MaskRCNNConfig
-from maskrcnn_core.images import DecodeError, decode_image
 from maskrcnn_core.instance_masks import MaskCrops
 from maskrcnn_core.roi_heads import Instances
 from maskrcnn_core.shapes import Size, tight_shape
+from schemas.errors import UsageError
 
 DEFAULT_PREFETCH = 2
-
-
-@dataclass(frozen=True)
-class UnreadableImage:
-    """An image of which nothing could be learnt. kind: as in the label table's error_kind, or `changed`, or
-    `another_size` than its annotations are for.
-    """
-
-    name: str
-    kind: str
-    problem: str
+# Of a worker, one after another. A set with one good image in 20 is stopped by chance once in 30,000 times.
+MOST_UNREADABLE = 200
 
 
 @dataclass(frozen=True)
@@ -120,15 +111,19 @@ class Batches:
         """Batches `step`, step + stride, … without end; closing the iterator stops its threads.
 
         Raises (while iterating):
+            UsageError: of the last MOST_UNREADABLE images of this worker none could be read.
             StorageError: the store cannot be reached.
         """
+        in_vain: deque[UnreadableImage] = deque()
         pool = ThreadPoolExecutor(self._num_threads, thread_name_prefix="training-images")
         ahead: deque[_Pending] = deque()
         try:
             for number in count(step, stride):
                 ahead.append(self._submit(pool, number))
                 if len(ahead) > self._prefetch:
-                    yield ahead.popleft().result()
+                    batch = ahead.popleft().result()
+                    _check_readable(batch, in_vain)
+                    yield batch
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 
@@ -159,7 +154,7 @@ class Batches:
             if rng.random() < self._copy_paste:
                 other = Draw(draw.set_index, int(rng.integers(len(data))))
                 pixels, instances = self._paste(pixels, instances, other, rng, unreadable)
-        except _UnreadableError as error:
+        except UnreadableImageError as error:
             unreadable.append(error.image)
             pixels, instances = _blank(placement.output)
         height, width = placement.output
@@ -181,32 +176,15 @@ class Batches:
         placement = self._placed(other, rng)
         try:
             return copy_paste(pixels, instances, *self._read(other, placement), rng)
-        except _UnreadableError as error:
+        except UnreadableImageError as error:
             unreadable.append(error.image)
             return pixels, instances
 
     def _read(self, draw: Draw, placement: Placement) -> tuple[NDArray[np.uint8], Instances]:
-        """The image as it is placed; StorageError where that says nothing about the image itself."""
+        """The image as it is placed. Raises UnreadableImageError."""
         data = self._sets[draw.set_index]
-        annotations = data.annotations(draw.index)
-        try:
-            image = decode_image(self._reader.read(data.location(draw.index)))
-        except DecodeError as error:
-            raise self._refusal(draw, error.kind, str(error)) from error
-        except (ChangedObjectError, MissingObjectError, CorruptObjectError) as error:
-            kinds = {ChangedObjectError: "changed", MissingObjectError: "missing"}
-            raise self._refusal(draw, kinds.get(type(error), "corrupt"), str(error)) from error
-        wanted = annotations.height, annotations.width
-        if image.shape[:2] != wanted:
-            problem = (
-                f"it has {image.shape[0]}×{image.shape[1]} pixels, its annotations {wanted[0]}×{wanted[1]}"
-            )
-            raise self._refusal(draw, "another_size", problem)
-        return apply(placement, image, annotations)
-
-    def _refusal(self, draw: Draw, kind: str, problem: str) -> _UnreadableError:
-        name = self._sets[draw.set_index].name(draw.index)
-        return _UnreadableError(UnreadableImage(name, kind, problem))
+        pixels = read_pixels(data, draw.index, self._reader)
+        return apply(placement, pixels, data.annotations(draw.index))
 
     def _placed(self, draw: Draw, rng: np.random.Generator) -> Placement:
         height, width = self._sets[draw.set_index].sizes[draw.index].tolist()
@@ -214,12 +192,6 @@ class Batches:
 
     def _rng(self, position: int) -> np.random.Generator:
         return np.random.default_rng((self._seed, position))
-
-
-class _UnreadableError(Exception):
-    def __init__(self, image: UnreadableImage) -> None:
-        super().__init__(image.problem)
-        self.image = image
 
 
 @dataclass(frozen=True)
@@ -247,6 +219,23 @@ class _Pending:
             torch.tensor(self.positions),
             tuple(one.name for one in made),
             tuple(image for one in made for image in one.unreadable),
+        )
+
+
+def _check_readable(batch: TrainingBatch, in_vain: deque[UnreadableImage]) -> None:
+    """Keep account of the images since the last that could be read; raises UsageError: there are too many."""
+    of_name = {image.name: image for image in batch.unreadable}
+    for name in batch.names:
+        if name in of_name:
+            in_vain.append(of_name[name])
+        else:
+            in_vain.clear()
+    if len(in_vain) >= MOST_UNREADABLE:
+        kinds = ", ".join(f"{count:,} {kind}" for kind, count in Counter(i.kind for i in in_vain).items())
+        raise UsageError(
+            f"none of the last {len(in_vain)} images could be read ({kinds}), the last of them "
+            f"{in_vain[-1].name}: {in_vain[-1].problem}; mend or bring back the images, and run the same "
+            f"command again to go on from the newest checkpoint"
         )
 
 

@@ -5,7 +5,8 @@ Enters: a spec, an empty <out>. Leaves: all that workers need to go on from the 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 
 import yaml
 
@@ -17,6 +18,7 @@ from jobs.train.recipe import Recipe
 from jobs.train.run_record import RunRecord, new_run_id, spec_hash, write_record
 from jobs.train.start import start_model
 from jobs.train.state import Progress, snapshot
+from maskrcnn_core.config import MaskRCNNConfig
 from schemas.train_spec import TrainSpec
 
 
@@ -35,21 +37,14 @@ def begin(
     categories = find_categories(spec.data, spec.model, storage, spec.lake_uri)
     start = start_model(spec.model, categories, spec.recipe.seed, storage, spec.lake_uri)
     categories = start.model.config.categories
-    for name in (*spec.data, *(["evaluate"] if spec.evaluate.data else [])):
-        note(f"preparing the data set {name} …")
-    sets = tuple(
-        make_data_file(name, data, categories, storage, out_uri, strict=spec.strict)
-        for name, data in spec.data.items()
-    )
+    for told in (*start.notes, *_told_of_sizes(recipe, start.model.config)):
+        note(told)
+    make = partial(make_data_file, categories=categories, storage=storage, strict=spec.strict, note=note)
+    sets = tuple(make(name, data, uri=f"{out_uri}/data/{name}.arrow") for name, data in spec.data.items())
     evaluation = None
     if spec.evaluate.data is not None:
-        evaluation = make_data_file(
-            "evaluation", spec.evaluate.data, categories, storage, out_uri, strict=spec.strict
-        )
-    for file in (*sets, *([evaluation] if evaluation else [])):
-        left_out = ", ".join(f"{count:,} {kind}" for kind, count in file.problems.items())
-        left_out = f"; left out: {left_out}" if left_out else ""
-        note(f"{file.name}: {file.num_images:,} images{left_out}")
+        # Not among the sets to learn from, one of which may be called so.
+        evaluation = make("evaluation", spec.evaluate.data, uri=f"{out_uri}/evaluation.arrow")
     record = RunRecord(
         new_run_id(),
         spec_hash(spec),
@@ -66,3 +61,14 @@ def begin(
     storage.write_bytes(f"{out_uri}/spec.yaml", plain.encode())
     write_record(out_uri, record, storage)
     return record
+
+
+def _told_of_sizes(recipe: Recipe, config: MaskRCNNConfig) -> Iterator[str]:
+    """A line where the model would label at another scale than it was trained at. Jitter has nearly all."""
+    low, high = min(recipe.shorter_sides), max(recipe.shorter_sides)
+    if recipe.canvas_px is None and not low <= config.min_size_px <= high:
+        yield (
+            f"images are trained on at shorter sides of {low} to {high} px (recipe.shorter_sides), and "
+            f"evaluated and labelled at {config.min_size_px} (model.min_size_px): set one of them, so that "
+            "they meet"
+        )

@@ -1,7 +1,8 @@
 """The data of a run: sets made once, kept beside the run, and fetched by every worker's machine.
 
-Enters: data sections of a spec. Leaves: <out>/data/<name>.arrow, the categories, and what each set holds. The
-version of a label table is pinned when its set is made, so a run that is taken up again sees the same rows.
+Enters: data sections of a spec. Leaves: an Arrow file each below <out>, the categories, and what each set
+holds. The version of a label table is pinned when its set is made, so a run that is taken up again sees the
+same rows. A set is never in memory as a whole.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import hashlib
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +21,9 @@ from jobs.lake.labels_table import LabelsTable
 from jobs.lake.models import read_checkpoint_bytes
 from jobs.lake.storage import Storage
 from jobs.train.coco_json import CocoJson, read_categories
+from jobs.train.image_locations import ImageReader
 from jobs.train.label_rows import LabelRows
+from jobs.train.readable_images import check_images, told_of_row_groups
 from jobs.train.records import Records
 from jobs.train.training_set import TrainingSet, build
 from maskrcnn_core.checkpoint import CheckpointError, parse_checkpoint
@@ -36,13 +39,14 @@ Categories = tuple[tuple[int, str], ...]
 class DataFile:
     """One set, as it lies in storage.
 
-    fingerprint: of names, sizes and annotations; problems: what was left out of it, by kind; description:
-    what it was made of, with the label table's version.
+    fingerprint: of names, sizes and annotations; digest: BLAKE2b of the file; problems: what was left out of
+    it, by kind; description: what it was made of, with the label table's version.
     """
 
     name: str
     uri: str
     fingerprint: str
+    digest: str
     num_images: int
     weight: float = 1.0
     problems: Mapping[str, int] = field(default_factory=dict)
@@ -86,9 +90,19 @@ def find_categories(
 
 
 def make_data_file(
-    name: str, spec: DataSpec, categories: Categories, storage: Storage, out_uri: str, *, strict: bool
+    name: str,
+    spec: DataSpec,
+    categories: Categories,
+    storage: Storage,
+    uri: str,
+    *,
+    strict: bool,
+    note: Callable[[str], None],
 ) -> DataFile:
-    """Build a set and put it beside the run.
+    """Build a set, try a few of its images, and put it at `uri`.
+
+    Args:
+        note: told what people should know of the set.
 
     Raises:
         UsageError: there is nothing to learn from, or, if strict, something is wrong with it.
@@ -96,21 +110,38 @@ def make_data_file(
     """
     with tempfile.TemporaryDirectory(prefix="masklake-data-") as folder:
         path = Path(folder) / f"{name}.arrow"
-        made = build(path, _records(spec, storage), categories, storage, strict=strict)
-        uri = f"{out_uri}/data/{name}.arrow"
-        storage.write_bytes(uri, path.read_bytes())
+        records = _records(spec, storage)
+        note(f"preparing the data set {name} …")
+        made = build(path, records, categories, storage, strict=strict, drop_empty=spec.drop_empty)
+        left_out = ", ".join(f"{count:,} {kind}" for kind, count in made.problems.items())
+        note(f"{name}: {len(made):,} images{f'; left out: {left_out}' if left_out else ''}")
+        check_images(name, made, ImageReader(storage), strict=strict)
+        for told in told_of_row_groups(name, made):
+            note(told)
+        storage.write_file(uri, path)
         return DataFile(
-            name, uri, made.fingerprint, len(made), spec.weight, made.problems, dict(made.description)
+            name,
+            uri,
+            made.fingerprint,
+            _digest(path),
+            len(made),
+            spec.weight,
+            made.problems,
+            dict(made.description),
         )
 
 
-def fetch_data_file(file: DataFile, folder: Path, storage: Storage) -> TrainingSet:
+def fetch_data_file(file: DataFile, folder: Path | None, storage: Storage) -> TrainingSet:
     """The set, from this machine's folder, where the first of its workers put it.
 
+    Args:
+        folder: None for the user's own below this machine's TMPDIR.
+
     Raises:
-        UsageError: it is not the set that the run was started with.
+        UsageError: it is not the file that the run was started with, or the folder is another user's.
         StorageError: it cannot be fetched.
     """
+    folder = _own_folder() if folder is None else folder
     folder.mkdir(parents=True, exist_ok=True)
     # Two sets with one fingerprint may have their images in other places.
     place = hashlib.blake2b(file.uri.encode(), digest_size=8).hexdigest()
@@ -123,15 +154,29 @@ def fetch_data_file(file: DataFile, folder: Path, storage: Storage) -> TrainingS
         ):
             shutil.copyfileobj(stream, local)
             local.flush()
-            found = TrainingSet(Path(local.name)).fingerprint
-            if found != file.fingerprint:
+            found = _digest(Path(local.name))
+            if found != file.digest:
                 raise UsageError(
-                    f"{file.uri} is another set than this run was started with ({found}, wanted "
-                    f"{file.fingerprint}); choose another --out"
+                    f"{file.uri} is another file than this run was started with, or damaged (its digest is "
+                    f"{found}, wanted {file.digest}); choose another --out"
                 )
             with suppress(FileExistsError):
                 os.link(local.name, path)
     return TrainingSet(path)
+
+
+def _own_folder() -> Path:
+    user = os.getuid()
+    folder = Path(tempfile.gettempdir()) / f"masklake-training-sets-{user}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    if folder.lstat().st_uid != user:  # whose sets could be anything, by the names of ours
+        raise UsageError(f"{folder} belongs to another user; remove it, or set TMPDIR to another folder")
+    return folder
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 
 
 def _records(spec: DataSpec, storage: Storage) -> Records:

@@ -33,9 +33,10 @@ class Recipe:
         clip_norm: of all gradients together; 0: no clipping.
         ema_decay: of the averaged weights, which are what is evaluated and kept; 0: no average.
         calibration_batches: batch norm's statistics of the averaged weights are measured anew over so many
-            batches at the end; 0: averaged like the weights.
+            batches; 0: averaged like the weights. Nothing is done for a model without live batch norm.
         copy_paste: probability that an image gets another's instances; with large-scale jitter only.
-        compile: torch.compile of the backbone. Not on by itself: it pays on a GPU, after minutes.
+        compile: torch.compile of the backbone. Not on by itself: it is meant for long runs on a GPU, where it
+            was never run.
     """
 
     name: str
@@ -78,6 +79,9 @@ class Recipe:
             raise UsageError("recipe: scale_jitter and canvas_px belong together; set both or neither")
         if self.copy_paste and self.canvas_px is None:
             raise UsageError("recipe: copy_paste needs large-scale jitter; set scale_jitter and canvas_px")
+        if self.schedule == "cosine" and self.milestones:
+            raise UsageError("recipe: milestones are for the schedule multi_step, and this is cosine")
+        _ = self.augmentation  # its sizes fit each other
 
     @property
     def augmentation(self) -> Augmentation:
@@ -111,8 +115,11 @@ def finetune() -> Recipe:
     """A checkpoint, or an ImageNet backbone, to a small data set; the default.
 
     Command: `masklake train --data coco:train.json --images train/ --model r50.safetensors --out run`
-    Hardware, time, result: docs/training.md, as measured. AdamW, because fresh heads on a small set
-    want no tuning of the rate with it; the average of the weights stands in for a longer schedule.
+    Hardware, time, result: not measured with these settings. docs/training.md has a shorter run of `lite` on
+    2 CPU cores with others (700 steps of 4 images, four times the rate at that batch, another average).
+    AdamW, because fresh heads on a small set want no tuning of the rate with it; the average of the weights
+    stands in for a longer schedule. Where batch norm is live (`lite`, r50_fpn_v2, random weights), the
+    average's statistics are measured anew, else it is worth nothing (docs/demo-checkpoint.md).
     """
     return Recipe(
         "finetune",
@@ -126,6 +133,7 @@ def finetune() -> Recipe:
         warmup_steps=100,
         clip_norm=10.0,
         ema_decay=0.998,
+        calibration_batches=50,
         shorter_sides=(480, 512, 544, 576, 608, 640),
         max_size_px=1024,
     )
@@ -208,6 +216,19 @@ def make_recipe(spec: RecipeSpec) -> Recipe:
         name: value for name, value in spec.model_dump(exclude={"name", "seed"}).items() if value is not None
     }
     recipe = RECIPES[spec.name]()
+    if changes.get("schedule") == "cosine":
+        changes.setdefault("milestones", ())  # the named recipe's go with its schedule
+    if changes.get("schedule") == "multi_step" and not changes.get("milestones", recipe.milestones):
+        raise UsageError(
+            f"recipe: schedule multi_step needs milestones, of which {spec.name} has none; set "
+            "recipe.milestones, such as [0.67, 0.89]"
+        )
+    has_canvas = "canvas_px" in changes or recipe.canvas_px is not None
+    if has_canvas and (unused := [name for name in ("shorter_sides", "max_size_px") if name in changes]):
+        raise UsageError(
+            f"recipe: {unused[0]} is for multi-scale, and this recipe has large-scale jitter; set "
+            "scale_jitter and canvas_px instead, or take another recipe"
+        )
     if "steps" in changes and "warmup_steps" not in changes:  # a short run is not all warm-up
         changes["warmup_steps"] = min(recipe.warmup_steps, changes["steps"] // 10)
     return dataclasses.replace(recipe, **changes)

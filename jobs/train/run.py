@@ -17,7 +17,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import ray.train
@@ -285,7 +284,7 @@ class _Driver:
                 self.spec,
                 self.out_uri,
                 self.storage,
-                _data_folder(),
+                None,
                 plan.torch_threads,
                 plan.loader_threads,
                 self.log_every_s,
@@ -368,7 +367,7 @@ class _Driver:
             **{package: version(package) for package in VERSIONED},
         }
         shown = self.record.evaluation or self.record.sets[0]
-        data_set = fetch_data_file(shown, _data_folder(), self.storage)
+        data_set = fetch_data_file(shown, None, self.storage)
         samples = take_samples(checkpoint.build(), data_set, ImageReader(self.storage).read)
         facts_of_run = RunFacts(self.record.run_id, "done", settings, data, shown.name)
         write_report(self.out_uri, self.storage, facts_of_run, history, samples, checkpoint.config)
@@ -449,11 +448,6 @@ def _train_on_ray(config: dict[str, Any]) -> None:
             raise
     finally:
         sender.flush()
-
-
-def _data_folder() -> Path:
-    """Where a machine keeps the sets that it fetched, by fingerprint."""
-    return Path(tempfile.gettempdir()) / "masklake-training-sets"
 
 
 def _described(file: DataFile) -> str:

@@ -12,11 +12,14 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from jobs.lake.models import is_of_registry
 from jobs.lake.storage import MissingObjectError, Storage
+from jobs.lake.stores import normalize
 from jobs.train.data_files import DataFile
 from jobs.train.image_order import ImageOrder
+from maskrcnn_core.config import PRESETS
 from schemas.errors import UsageError
-from schemas.train_spec import TrainSpec
+from schemas.train_spec import TrainSpec, split_version
 
 # Settings that may change between two starts of one run: they do not change what is learnt.
 _FREE = ("scaling", "checkpoint", "trackers", "storage", "register_as")
@@ -65,8 +68,19 @@ def new_run_id() -> str:
 
 
 def spec_hash(spec: TrainSpec) -> str:
-    """Of all settings that decide what is learnt."""
+    """Of all settings that decide what is learnt, with one spelling of each place."""
     fixed = spec.model_dump(mode="json", exclude=set(_FREE))
+    for data in (*fixed["data"].values(), fixed["evaluate"]["data"]):
+        if data is not None:
+            kind, _, place = data["uri"].partition(":")
+            place, version = split_version(place) if kind == "lake" else (place, None)
+            data["uri"] = [kind, normalize(place), version]
+            data["images"] = data["images"] and normalize(data["images"])
+    model = fixed["model"]
+    if not (model["uri"] in (*PRESETS, "demo") or is_of_registry(model["uri"])):
+        model["uri"] = normalize(model["uri"])
+    model["backbone"] = model["backbone"] and normalize(model["backbone"])
+    fixed["out"]["uri"] = normalize(fixed["out"]["uri"])
     return hashlib.blake2b(json.dumps(fixed, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 

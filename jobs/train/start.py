@@ -2,6 +2,9 @@
 
 Enters: the model section of a spec, and the categories of the data. Leaves: a model in training mode, and how
 it came to be.
+
+Random weights are trained whole, with batch norm, unless the spec says otherwise: a stage that is frozen
+before it has learnt anything, or a norm without statistics, would cripple the network for good.
 """
 
 from __future__ import annotations
@@ -30,15 +33,22 @@ _CLASS_ROWS = {
 }
 # What state dicts of torchvision's classifiers hold beside the backbone.
 _CLASSIFIER = ("fc.", "classifier.", "18.", "features.18.")
+_ALL_STAGES = 5
+_SHOWN_NAMES = 8
 
 
 @dataclass(frozen=True)
 class Start:
-    """model: in training mode, on the CPU; name: of its checkpoint; origin: of the weights, JSON-able."""
+    """A model that has learnt nothing of this run.
+
+    model: in training mode, on the CPU; name: of its checkpoint; origin: of the weights, JSON-able; notes:
+    what its user should know of it, a line each.
+    """
 
     model: MaskRCNN
     name: str
     origin: Mapping[str, Any]
+    notes: tuple[str, ...] = ()
 
 
 def start_model(
@@ -46,8 +56,8 @@ def start_model(
 ) -> Start:
     """Build it.
 
-    Categories of a checkpoint keep their weights where the data has one of the same name; the others' are
-    fresh.
+    Categories of a checkpoint keep their weights where the data has one of the same name, whatever its case;
+    the others' are fresh.
 
     Raises:
         UsageError: no such file, or it does not fit.
@@ -61,21 +71,34 @@ def start_model(
     try:
         checkpoint = parse_checkpoint(data, where)
         config = _with_changes(checkpoint.config, spec)
-        model = _with_categories(checkpoint, config.replace(categories=tuple(categories)), seed)
+        kept = _kept_classes(checkpoint.config.categories, categories)
+        model = _with_categories(checkpoint, config.replace(categories=tuple(categories)), kept, seed)
     except (CheckpointError, ValueError) as error:
         raise UsageError(f"model.uri: {error}") from error
     origin = {"checkpoint": checkpoint.name, "fingerprint": checkpoint.fingerprint}
-    return Start(model.train(), spec.name or checkpoint.name, origin)
+    told = f"{len(kept)} of {len(categories)} categories keep their weights of {spec.uri}"
+    if fresh := [name for index, (_, name) in enumerate(categories, 1) if index not in kept]:
+        more = f" and {len(fresh) - _SHOWN_NAMES} more" if len(fresh) > _SHOWN_NAMES else ""
+        told += f"; fresh ones: {', '.join(fresh[:_SHOWN_NAMES])}{more}"
+    return Start(model.train(), spec.name or checkpoint.name, origin, (told,))
 
 
 def _from_preset(spec: TrainModelSpec, categories: Categories, seed: int, storage: Storage) -> Start:
+    config = PRESETS[spec.uri](tuple(categories))
+    if spec.backbone is None:
+        config = config.replace(
+            norm="bn" if config.norm == "frozen_bn" else config.norm, trainable_stages=_ALL_STAGES
+        )
     try:
-        config = _with_changes(PRESETS[spec.uri](tuple(categories)), spec)
+        config = _with_changes(config, spec)
     except ValueError as error:
         raise UsageError(f"model: {error}") from error
     model = build_model(config, seed)
     origin: dict[str, Any] = {"preset": spec.uri, "seed": seed}
-    if spec.backbone is not None:
+    notes: tuple[str, ...] = ()
+    if spec.backbone is None:
+        notes = (_of_random_weights(config),)
+    else:
         data, where = _read(spec.backbone, storage)
         try:
             weights = read_foreign_weights(data, where)
@@ -83,7 +106,21 @@ def _from_preset(spec: TrainModelSpec, categories: Categories, seed: int, storag
             raise UsageError(f"model.backbone: {error}") from error
         _load_backbone(model, weights.tensors, where)
         origin["backbone_sha256"] = weights.sha256
-    return Start(model.train(), spec.name or spec.uri, origin)
+    return Start(model.train(), spec.name or spec.uri, origin, notes)
+
+
+def _of_random_weights(config: MaskRCNNConfig) -> str:
+    """What their user should know of them."""
+    harm = []
+    if config.norm == "frozen_bn":
+        harm.append("model.norm frozen_bn has no statistics to freeze, so nothing is normalised")
+    if (trained := config.trainable_stages) < _ALL_STAGES:
+        harm.append(f"model.trainable_stages {trained} of {_ALL_STAGES} leaves the others random for good")
+    how = "; ".join(harm) or f"all stages are trained, with norm {config.norm}"
+    return (
+        f"{config.preset} starts from random weights: {how}; for a pretrained backbone give its weights, "
+        "such as torchvision's, as model.backbone"
+    )
 
 
 def _with_changes(config: MaskRCNNConfig, spec: TrainModelSpec) -> MaskRCNNConfig:
@@ -136,7 +173,16 @@ def _is_counter(name: str) -> bool:
     return name.endswith("num_batches_tracked")  # frozen norms have none, and it decides nothing
 
 
-def _with_categories(checkpoint: Checkpoint, config: MaskRCNNConfig, seed: int) -> MaskRCNN:
+def _kept_classes(old: Categories, new: Categories) -> dict[int, int]:
+    """Class of the new categories -> class of the old one of the same name, for those that have one."""
+    class_of = {name.strip().lower(): index for index, (_, name) in enumerate(old, 1)}
+    named = ((index, name.strip().lower()) for index, (_, name) in enumerate(new, 1))
+    return {index: class_of[name] for index, name in named if name in class_of}
+
+
+def _with_categories(
+    checkpoint: Checkpoint, config: MaskRCNNConfig, kept_classes: Mapping[int, int], seed: int
+) -> MaskRCNN:
     """The checkpoint's weights in a model of other categories."""
     old = checkpoint.build()
     if config.categories == old.config.categories:
@@ -146,10 +192,7 @@ def _with_categories(checkpoint: Checkpoint, config: MaskRCNNConfig, seed: int) 
     model = build_model(config, seed)
     kept = old.state_dict()
     fresh = model.state_dict()
-    old_class = {name: index for index, (_, name) in enumerate(old.config.categories, start=1)}
-    # (new class, old class), the background with itself
-    pairs = [(0, 0)]
-    pairs += [(i, old_class[name]) for i, (_, name) in enumerate(config.categories, 1) if name in old_class]
+    pairs = [(0, 0), *kept_classes.items()]  # (new class, old class), the background with itself
     for key, rows in ((f"roi_heads.{name}", rows) for name, rows in _CLASS_ROWS.items()):
         if kept[f"{key}.bias"].shape[0] == rows:  # one for all classes
             continue

@@ -20,6 +20,7 @@ from typing import Any
 import duckdb
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
@@ -136,6 +137,15 @@ class TrainingSet:
     def location(self, index: int) -> ImageLocation:
         batch, row = self._row(index)
         return ImageLocation.from_row({name: batch[name][row].as_py() for name in LOCATION_COLUMNS})
+
+    def row_groups(self) -> tuple[int, int, int]:
+        """Of its images in Parquet files: how many, in how many row groups, of files of how many bytes."""
+        keys = ["uri", "object_bytes", "row_group"]
+        batches = (self._reader.get_batch(k).select(keys) for k in range(self._reader.num_record_batches))
+        found = pa.Table.from_batches(batches).filter(pc.field("row_group") >= 0)
+        groups = found.group_by(keys).aggregate([])
+        files = groups.group_by(keys[:2]).aggregate([])
+        return found.num_rows, groups.num_rows, pc.sum(files["object_bytes"]).as_py() or 0
 
     def annotations(self, index: int) -> Annotations:
         batch, row = self._row(index)

@@ -63,6 +63,7 @@ class WorkerJob:
     """What a worker is told.
 
     Attributes:
+        data_folder: where sets are fetched to; None: a folder of each machine's own.
         torch_threads, loader_threads: of this worker.
         log_every_s: seconds between two reports; 0: each step is reported.
     """
@@ -72,7 +73,7 @@ class WorkerJob:
     spec: TrainSpec
     out_uri: str
     storage: Storage
-    data_folder: Path
+    data_folder: Path | None
     torch_threads: int
     loader_threads: int
     log_every_s: float = 1.0

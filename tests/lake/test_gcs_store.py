@@ -7,6 +7,7 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
@@ -106,7 +107,7 @@ def storage() -> Iterator[Storage]:
         server.server_close()
 
 
-def test_what_was_written_reads_back_and_its_md5_is_compared(storage: Storage) -> None:
+def test_what_was_written_reads_back_and_its_md5_is_compared(storage: Storage, tmp_path: Path) -> None:
     uri = f"{BUCKET}/folder/ü 1%2B.jpg"
     for data in (b"first", b"second, longer", b""):
         storage.write_bytes(uri, data)
@@ -117,6 +118,9 @@ def test_what_was_written_reads_back_and_its_md5_is_compared(storage: Storage) -
             assert stream.read() == data
     storage.write_bytes(uri, b"another")
     assert storage.stat(uri).version != info.version
+    (tmp_path / "set.arrow").write_bytes(b"of a file")
+    storage.write_file(uri, tmp_path / "set.arrow")
+    assert storage.read_bytes(storage.stat(uri)) == b"of a file"
 
 
 def test_ranges_are_read_in_place(storage: Storage) -> None:

@@ -9,6 +9,7 @@ import pyarrow as pa
 import pytest
 from deltalake import DeltaTable, write_deltalake
 
+from jobs.lake import s3_store
 from jobs.lake import storage as storage_module
 from jobs.lake.storage import (
     TRIES,
@@ -104,6 +105,39 @@ class TestRetries:
         with pytest.raises(AccessDeniedError, match="denies access"):
             list(storage.list(bucket))
         assert len(server.requests) == 1
+
+
+class TestUploadsInParts:
+    @pytest.fixture
+    def file(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+        """Of three parts."""
+        monkeypatch.setattr(s3_store, "PART_BYTES", 5 << 20)
+        path = tmp_path / "set.arrow"
+        path.write_bytes(os.urandom((10 << 20) + 1000))
+        return path
+
+    def test_each_part_outlasts_a_busy_server_and_lost_replies(
+        self, server: FaultyS3, storage: Storage, bucket: str, file: Path
+    ) -> None:
+        storage.write_bytes(f"{bucket}/large", b"before")
+        begun = Fault("POST", "/large", lambda *reply: reply)
+        server.faults = [begun, lost_reply("POST"), busy("PUT", times=3), lost_reply("PUT")]
+        storage.write_file(f"{bucket}/large", file)
+        info = storage.stat(f"{bucket}/large")
+        assert info.version.endswith("-3")
+        assert storage.read_bytes(info) == file.read_bytes()
+        assert all(fault.times == 0 for fault in server.faults)
+
+    def test_one_that_fails_leaves_what_was_there_and_no_parts(
+        self, server: FaultyS3, storage: Storage, bucket: str, file: Path
+    ) -> None:
+        storage.write_bytes(f"{bucket}/large", b"before")
+        server.faults = [refusal("PUT", "403 Forbidden", "AccessDenied", times=1)]
+        with pytest.raises(AccessDeniedError, match="denies access"):
+            storage.write_file(f"{bucket}/large", file)
+        assert storage.read_bytes(storage.stat(f"{bucket}/large")) == b"before"
+        filesystem, path = storage.filesystem(bucket)
+        assert "Uploads" not in filesystem.call_s3("list_multipart_uploads", Bucket=path)
 
 
 class TestReading:

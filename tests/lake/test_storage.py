@@ -13,6 +13,7 @@ from pathlib import Path
 import fsspec
 import pytest
 
+from jobs.lake import s3_store
 from jobs.lake import storage as storage_module
 from jobs.lake.storage import (
     PATIENCE_S,
@@ -63,6 +64,24 @@ def test_what_was_written_reads_back(place: Place, data: bytes) -> None:
         assert stream.read() == data
         assert stream.seek(max(len(data) - 5, 0)) == max(len(data) - 5, 0)
         assert stream.read() == data[-5:]
+
+
+@pytest.mark.parametrize("size", [0, 1000, (11 << 20) + 1])
+def test_a_file_of_any_size_reads_back(
+    place: Place, size: int, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(s3_store, "PART_BYTES", 5 << 20)
+    file = tmp_path_factory.mktemp("files") / "data.arrow"
+    file.write_bytes(random.Random(size).randbytes(size))
+    uri = f"{place.uri}/some/folder/object"
+    place.storage.write_bytes(uri, b"before")
+    place.storage.write_file(uri, file)
+    info = place.storage.stat(uri)
+    assert info.size == size
+    assert place.storage.read_bytes(info) == file.read_bytes()
+    with place.storage.open_verified(info) as stream:
+        assert stream.read() == file.read_bytes()
+    assert [found.uri for found in place.storage.list(place.uri)] == [uri]
 
 
 def test_version_changes_with_the_content(place: Place) -> None:

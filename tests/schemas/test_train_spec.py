@@ -53,7 +53,21 @@ def test_a_number_of_workers_is_the_fewest_and_the_most() -> None:
             {"data": {"a": {"uri": "lake:x", "min_score": 0.7, "ignore_below": 0.5}}},
             "data.a: ignore_below 0.5 is less than min_score 0.7",
         ),
+        (
+            {"data": {"a": {"uri": "coco:a.json", "images": "a", "min_score": 0.7}}},
+            "data.a: min_score is for labels of a lake",
+        ),
+        (
+            {"data": {"a": {"uri": "coco:a.json", "images": "a", "model_id": "x-1"}}},
+            "data.a: model_id is for labels of a lake",
+        ),
         ({"evaluate": {"data": {"uri": "coco:a.json"}}}, "evaluate.data: images is not set"),
+        ({"evaluate": {"every_steps": 5}}, "evaluate: every_steps is set and data is not"),
+        ({"evaluate": {"patience": 5}}, "evaluate: patience is set and data is not"),
+        (
+            {"evaluate": {"patience": 5, "data": {"uri": "lake:x"}}},
+            "evaluate: patience is set and every_steps is not",
+        ),
         ({"scaling": {"num_workers": "8..2"}}, "wanted a whole number, 1 or more, or a range such as 2..8"),
         ({"scaling": {"num_workers": 0}}, "scaling.num_workers is 0"),
         ({"recipe": {"name": "fintune"}}, "recipe.name is 'fintune'"),
@@ -78,3 +92,8 @@ def test_all_problems_are_named_at_once() -> None:
 
 def test_its_json_schema_is_exported() -> None:
     assert set(json_schema("train")["properties"]) == set(TrainSpec.model_fields)
+
+
+def test_a_spec_that_was_saved_whole_is_taken_again() -> None:
+    spec = parse_spec(TrainSpec, LEAST, "spec")
+    assert parse_spec(TrainSpec, spec.model_dump(mode="json"), "spec.yaml") == spec

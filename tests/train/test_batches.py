@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from jobs.lake.storage import TransientStorageError
+from jobs.lake.storage import MissingObjectError, TransientStorageError
 from jobs.train.batches import Batches, TrainingBatch
 from jobs.train.image_locations import ImageLocation, ImageReader
 from jobs.train.image_order import ImageOrder
@@ -22,6 +22,7 @@ from maskrcnn_core.augment import Augmentation
 from maskrcnn_core.config import lite
 from maskrcnn_core.images import decode_image
 from maskrcnn_core.roi_heads import Instances
+from schemas.errors import UsageError
 from tests.train.coco_files import annotation, image, make_set, picture, storage, write_files
 
 CONFIG = lite(((3, "window"), (7, "door")))
@@ -202,6 +203,28 @@ def test_an_image_that_cannot_be_used_becomes_blank_ignored_and_named(tmp_path: 
 class FailingReader(ImageReader):
     def read(self, location: ImageLocation) -> bytes:
         raise TransientStorageError("the store is away")
+
+
+@pytest.mark.parametrize("num_lost", [9, 8])
+def test_a_run_ends_where_image_after_image_cannot_be_read(
+    data: TrainingSet, num_lost: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All nine lost, or all but one."""
+    monkeypatch.setattr("jobs.train.batches.MOST_UNREADABLE", 20)
+    lost = {f"{n}.png" for n in range(num_lost)}
+
+    class Reader(ImageReader):
+        def read(self, location: ImageLocation) -> bytes:
+            if location.info.uri.rpartition("/")[2] in lost:
+                raise MissingObjectError(f"{location.info.uri} does not exist")
+            return super().read(location)
+
+    source = batches([data], reader=Reader(storage())).starting_at(0)
+    if num_lost == 8:
+        assert len(first(9, source)) == 9
+        return
+    with pytest.raises(UsageError, match=r"none of the last 20 images could be read \(20 missing\)"):
+        first(9, source)
 
 
 def test_a_store_that_cannot_be_reached_stops_the_run(data: TrainingSet) -> None:

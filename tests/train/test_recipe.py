@@ -52,12 +52,24 @@ def test_a_spec_changes_what_it_sets_and_nothing_else() -> None:
     [
         ({"steps": 10, "warmup_steps": 10}, "warmup_steps 10 is not less than steps 10"),
         ({"total_batch": 5, "accumulate": 2}, "not a multiple"),
-        ({"milestones": [0.8, 0.6]}, "do not rise"),
+        ({"schedule": "multi_step", "milestones": [0.8, 0.6]}, "do not rise"),
         ({"canvas_px": 512}, "belong together"),
         ({"copy_paste": 0.5}, "needs large-scale jitter"),
-        ({"shorter_sides": [2000]}, "recipe: "),
+        ({"shorter_sides": [2000]}, r"recipe: .*max_size_px is 1024; wanted >= the greatest"),
+        ({"name": "lsj_100ep", "scale_jitter": [2.0, 0.1]}, r"recipe: .*scale_jitter"),
+        ({"name": "lsj_100ep", "shorter_sides": [800]}, "shorter_sides is for multi-scale"),
+        ({"scale_jitter": [0.5, 2], "canvas_px": 512, "max_size_px": 800}, "max_size_px is for multi-scale"),
+        ({"schedule": "multi_step"}, "multi_step needs milestones, of which finetune has none"),
+        ({"milestones": [0.5]}, "milestones are for the schedule multi_step"),
     ],
 )
 def test_settings_that_contradict_each_other_are_refused(settings: dict[str, object], problem: str) -> None:
     with pytest.raises(UsageError, match=problem):
-        _ = make_recipe(parse_spec(RecipeSpec, settings, "spec")).augmentation
+        make_recipe(parse_spec(RecipeSpec, settings, "spec"))
+
+
+def test_another_schedule_takes_the_milestones_along() -> None:
+    recipe = make_recipe(parse_spec(RecipeSpec, {"name": "paper_1x", "schedule": "cosine"}, "spec"))
+    assert recipe.milestones == ()
+    steps = {"schedule": "multi_step", "milestones": [0.6, 0.8]}
+    assert make_recipe(parse_spec(RecipeSpec, steps, "spec")).milestones == (0.6, 0.8)

@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from jobs.lake.storage import Storage
-from jobs.train.start import start_model
+from jobs.train.start import Start, start_model
+from maskrcnn_core.backbone import build_backbone
 from maskrcnn_core.checkpoint import dump_checkpoint
-from maskrcnn_core.config import lite
+from maskrcnn_core.config import lite, r50_fpn
 from maskrcnn_core.model import MaskRCNN, build_model
 from schemas.errors import UsageError
 from schemas.spec_loader import parse_spec
@@ -19,9 +20,13 @@ OLD = ((1, "disc"), (2, "square"), (7, "star"))
 NEW = ((3, "star"), (4, "ring"), (5, "disc"))
 
 
-def start(categories: tuple[tuple[int, str], ...] = OLD, **settings: object) -> MaskRCNN:
+def started(categories: tuple[tuple[int, str], ...] = OLD, **settings: object) -> Start:
     spec = parse_spec(TrainModelSpec, settings, "spec")
-    return start_model(spec, categories, 0, Storage(StorageSpec())).model
+    return start_model(spec, categories, 0, Storage(StorageSpec()))
+
+
+def start(categories: tuple[tuple[int, str], ...] = OLD, **settings: object) -> MaskRCNN:
+    return started(categories, **settings).model
 
 
 @pytest.fixture(scope="module")
@@ -38,10 +43,36 @@ def test_a_preset_is_fresh_and_the_seed_fixes_it() -> None:
     assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))
 
 
+def test_random_weights_are_trained_whole_and_normalised_and_a_note_says_how_to_do_better() -> None:
+    found = started(uri="r50_fpn")
+    assert (found.model.config.norm, found.model.config.trainable_stages) == ("bn", 5)
+    assert all(parameter.requires_grad for parameter in found.model.parameters())
+    (note,) = found.notes
+    assert "r50_fpn starts from random weights: all stages are trained, with norm bn" in note
+    assert "model.backbone" in note
+
+
+def test_what_is_frozen_on_random_weights_by_wish_is_kept_and_said() -> None:
+    found = started(uri="lite", norm="frozen_bn", trainable_stages=3)
+    assert (found.model.config.norm, found.model.config.trainable_stages) == ("frozen_bn", 3)
+    (note,) = found.notes
+    assert "frozen_bn has no statistics to freeze" in note
+    assert "trainable_stages 3 of 5 leaves the others random" in note
+    assert started(uri="lite", norm="gn").model.config.trainable_stages == 5
+
+
+def test_a_pretrained_backbone_is_frozen_as_the_preset_says(tmp_path: Path) -> None:
+    body = build_backbone(r50_fpn(OLD)).body.state_dict()
+    torch.save(body, tmp_path / "resnet50.pth")
+    found = started(uri="r50_fpn", backbone=str(tmp_path / "resnet50.pth"))
+    assert (found.model.config.norm, found.model.config.trainable_stages) == ("frozen_bn", 3)
+    assert found.notes == ()
+
+
 def test_a_checkpoint_of_the_same_categories_is_taken_whole(checkpoint: tuple[str, MaskRCNN]) -> None:
     path, old = checkpoint
-    started = start(uri=path).state_dict()
-    assert all(torch.equal(value, started[name]) for name, value in old.state_dict().items())
+    taken = start(uri=path).state_dict()
+    assert all(torch.equal(value, taken[name]) for name, value in old.state_dict().items())
 
 
 def test_categories_keep_their_weights_by_name(checkpoint: tuple[str, MaskRCNN]) -> None:
@@ -61,6 +92,17 @@ def test_categories_keep_their_weights_by_name(checkpoint: tuple[str, MaskRCNN])
     assert not any(torch.equal(ring, row) for row in was.box_predictor.cls_score.weight)
     kept = "roi_heads.box_head.fc6.weight"
     assert torch.equal(model.state_dict()[kept], old.state_dict()[kept])
+
+
+def test_categories_are_the_same_whatever_their_case_and_a_note_counts_them(
+    checkpoint: tuple[str, MaskRCNN],
+) -> None:
+    path, old = checkpoint
+    found = started(((3, "Star"), (4, "ring"), (5, " disc")), uri=path)
+    rows = found.model.roi_heads.box_predictor.cls_score.weight
+    assert torch.equal(rows[1], old.roi_heads.box_predictor.cls_score.weight[3])
+    assert found.notes == (f"2 of 3 categories keep their weights of {path}; fresh ones: ring",)
+    assert started(uri=path).notes == (f"3 of 3 categories keep their weights of {path}",)
 
 
 @pytest.mark.parametrize("prefix", ["", "features."])
