@@ -11,7 +11,7 @@ import json
 import math
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 
 import pyarrow as pa
@@ -32,20 +32,29 @@ from jobs.relabel.worklist import Reason, Worklist
 from schemas.relabel_spec import RelabelSpec
 
 DEFAULT_SAMPLE = 32
-# Of a run on one machine: Ray, the actors' network, the last commit; measured on two cores (docs/relabel.md).
-STARTUP_S = 20.0
+# Of a run on one machine that labels: Python and Ray; and of each model: its actors' start and end, the last
+# commit. Measured on two cores (benchmarks/forecast.py).
+STARTUP_S = 12.0
+PASS_S = 8.0
+# Images compared by a gate in a second, with ten objects and their masks (benchmarks/diff.py).
+_COMPARED_PER_S = 60_000
 # What actors reach of the rate that one reaches alone, for they wait for units now and then.
 _BUSY_SHARE = 0.94
 
 
 @dataclass(frozen=True)
 class PassForecast:
-    """One model's part. counts: images by reason; seconds: of labelling."""
+    """One model's part.
+
+    counts: images by reason. read_only: so many of the changed ones, by a sample, hold what they held, and
+    are read and not labelled. images: to be labelled; seconds: of that.
+    """
 
     model_id: str
     counts: dict[str, int]
     removed: int
     estimated: int
+    read_only: int
     images: int
     images_per_s: float | None
     seconds: float | None
@@ -55,9 +64,10 @@ class PassForecast:
 class Forecast:
     """What a run would do now, and the nights that it would take.
 
-    images: to be labelled, by all models; this_run: those that the budget lets through; hours: of all actors
-    together; finish_at: UTC, of this run. None where nothing was sampled. notes: what the run would say
-    first.
+    images: to be labelled, by all models; this_run: those that the budget lets through; seconds: of the whole
+    command; hours: of all actors together; finish_at: UTC, of this run. None where nothing was sampled.
+    looked_s: what looking at the lake and listing the source took here, as it will take the run. notes: what
+    the run would say first.
     """
 
     source: str
@@ -69,6 +79,7 @@ class Forecast:
     images: int = 0
     this_run: int = 0
     runs: int = 0
+    looked_s: float = 0.0
     seconds: float | None = None
     hours: float | None = None
     price: float | None = None
@@ -88,6 +99,7 @@ def run_forecast(spec: RelabelSpec, sample: int = DEFAULT_SAMPLE) -> Forecast:
     Raises:
         UsageError: source, model, lake or spec cannot work.
     """
+    started, sampled_s = time.perf_counter(), 0.0
     job = prepare(spec.infer_spec())
     night = plan_night(spec, job)
     forecast = Forecast(
@@ -97,10 +109,13 @@ def run_forecast(spec: RelabelSpec, sample: int = DEFAULT_SAMPLE) -> Forecast:
     with Listing.of(spec.source, job.storage, job.lake_uri) as shards:
         for part in night.passes:
             with part.compare(shards, table) as work:
+                sampling = time.perf_counter()
                 forecast.passes.append(_forecast_pass(part.job, work, cluster, sample))
+                sampled_s += time.perf_counter() - sampling
             pool = _pool(part.job, cluster)
             forecast.actors = max(forecast.actors, 0 if pool is None else pool.room)
-    _reckon(forecast, spec)
+    forecast.looked_s = time.perf_counter() - started - sampled_s
+    _reckon(forecast, spec, is_judged=night.current not in (None, job.model_id) and night.rolled_back is None)
     return forecast
 
 
@@ -113,8 +128,10 @@ class _Sample:
 
 
 def _forecast_pass(job: Job, work: Worklist, cluster: ClusterInfo, sample: int) -> PassForecast:
-    counts, rate, measured = work.counts, None, None
+    counts, rate, measured, read_only = work.counts, None, None, 0
     if sample and work.has_tasks:
+        if known := work.num_known:
+            read_only = round(known * _share_unchanged(job, work.known_sample(sample)))
         pool = _pool(job, cluster)
         measured = None if pool is None else _measure(job, pool, work.tasks(), sample)
         rate = None if pool is None or measured is None else pool.room * _BUSY_SHARE / measured.seconds
@@ -124,15 +141,29 @@ def _forecast_pass(job: Job, work: Worklist, cluster: ClusterInfo, sample: int) 
         images = len(shards) if measured is None else round(sum(shards) / measured.num_bytes)
         counts.by_reason[Reason.NEW] += images
         counts.estimated += images
+    images = counts.to_do - read_only
     return PassForecast(
         job.model_id,
         {str(reason): count for reason, count in counts.by_reason.items()},
         counts.removed,
         counts.estimated,
-        counts.to_do,
+        read_only,
+        images,
         rate,
-        None if rate is None else counts.to_do / rate,
+        None if rate is None else images / rate,
     )
+
+
+def _share_unchanged(job: Job, tasks: Iterator[ShardTask]) -> float:
+    """Of images that are to be read for what they hold, how many hold what they held."""
+    reader = UnitReader(job.spec.source, job.storage, job.spec.unit.max_bytes, 1)
+    unchanged = labelled = 0
+    for task in tasks:
+        for unit in reader.read_units(task):
+            report = UnitReport.from_json(unit["report"][0].as_py())
+            unchanged += len(report.unchanged)
+            labelled += report.num_images
+    return unchanged / (unchanged + labelled) if unchanged else 0.0
 
 
 def _measure(job: Job, pool: PoolPlan, tasks: Iterator[ShardTask], sample: int) -> _Sample | None:
@@ -141,7 +172,8 @@ def _measure(job: Job, pool: PoolPlan, tasks: Iterator[ShardTask], sample: int) 
     units: list[pa.Table] = []
     num_images = 0
     for task in tasks:
-        for unit in reader.read_units(task):
+        # Without what is known of contents: no image is left out, and none more read than are asked for.
+        for unit in reader.read_units(replace(task, contents={})):
             report = UnitReport.from_json(unit["report"][0].as_py())
             if report.num_images:
                 units.append(unit)
@@ -203,14 +235,19 @@ def _pool(job: Job, cluster: ClusterInfo) -> PoolPlan | None:
         return None
 
 
-def _reckon(forecast: Forecast, spec: RelabelSpec) -> None:
-    """From images and rates to times and money."""
+def _reckon(forecast: Forecast, spec: RelabelSpec, is_judged: bool) -> None:
+    """From images and rates to times and money.
+
+    Args:
+        is_judged: once all is labelled, a gate compares the models.
+    """
     forecast.images = sum(part.images for part in forecast.passes)
-    left_s = math.inf if spec.budget.time_s is None else spec.budget.time_s - STARTUP_S
+    working = [part for part in forecast.passes if part.images]
+    start_s = forecast.looked_s + (STARTUP_S + PASS_S * len(working) if working else 0.0)
+    left_s = math.inf if spec.budget.time_s is None else spec.budget.time_s - start_s
     left = forecast.images if spec.budget.max_images is None else spec.budget.max_images
-    known = all(part.seconds is not None or not part.images for part in forecast.passes)
     seconds = 0.0
-    for part in forecast.passes:
+    for part in working:
         images = min(part.images, left)
         if part.images_per_s:
             images = int(min(images, max(0.0, left_s - seconds) * part.images_per_s))
@@ -218,11 +255,14 @@ def _reckon(forecast: Forecast, spec: RelabelSpec) -> None:
         forecast.this_run += images
         left -= images
     forecast.runs = math.ceil(forecast.images / forecast.this_run) if forecast.this_run else 0
-    if not known:
+    if any(part.seconds is None for part in working):
         return
-    forecast.seconds = seconds + (STARTUP_S if forecast.images else 0.0)
-    all_s = sum(part.seconds or 0.0 for part in forecast.passes)
-    forecast.hours = forecast.actors * (all_s + STARTUP_S * forecast.runs) / 3600
+    compared = sum(forecast.passes[-1].counts.values()) if is_judged and forecast.passes else 0
+    judged_s = compared / _COMPARED_PER_S
+    is_last = forecast.this_run == forecast.images
+    forecast.seconds = start_s + seconds + (judged_s if is_last else 0.0)
+    all_s = sum(part.seconds or 0.0 for part in working)
+    forecast.hours = forecast.actors * (all_s + judged_s + start_s * forecast.runs) / 3600
     forecast.price = forecast.hours * spec.price.per_hour
     forecast.finish_at = (datetime.now(UTC) + timedelta(seconds=forecast.seconds)).isoformat(
         timespec="minutes"

@@ -95,7 +95,20 @@ class Worklist:
         Args:
             max_images: no more single images than that; of shards nobody knows before they are read.
         """
-        return self._slices(max_images) if self._is_files else self._whole_shards()
+        limit = "" if max_images is None else f"LIMIT {int(max_images)}"
+        wanted = f"work ORDER BY {_ORDER.format(key='image_id')} {limit}"
+        return self._slices(wanted) if self._is_files else self._whole_shards()
+
+    @property
+    def num_known(self) -> int:
+        """Images to do that this model labelled from another version of their object: with the same content
+        they are read, and no more. 0 of shards, of which that is not known by image.
+        """
+        return _count(self._keys, "work WHERE known IS NOT NULL") if self._is_files else 0
+
+    def known_sample(self, num_images: int) -> Iterator[ShardTask]:
+        """Some of num_known, at random."""
+        return self._slices(f"(FROM work WHERE known IS NOT NULL) USING SAMPLE {int(num_images)}")
 
     @property
     def has_tasks(self) -> bool:
@@ -121,13 +134,10 @@ class Worklist:
         )
         return {str(image_id): str(version) for image_id, version in found.fetchall()}
 
-    def _slices(self, max_images: int | None) -> Iterator[ShardTask]:
+    def _slices(self, wanted: str) -> Iterator[ShardTask]:
         (like,) = self._shards
-        limit = "" if max_images is None else f"LIMIT {int(max_images)}"
         columns = ", ".join(OBJECT_SCHEMA.names)
-        found = self._keys.cursor().sql(
-            f"SELECT {columns}, known FROM work ORDER BY {_ORDER.format(key='image_id')} {limit}"
-        )
+        found = self._keys.cursor().sql(f"SELECT {columns}, known FROM {wanted}")
         reader = found.to_arrow_reader(SLICE_IMAGES)
         while (batch := next(reader, None)) is not None:
             rows = pa.Table.from_batches([batch])
