@@ -1,8 +1,8 @@
 """`masklake plan`: what `masklake relabel` would do, how long it would take and cost. Writes nothing.
 
 Enters: a RelabelSpec. Leaves: counts by reason for each model that would label, and a forecast. The rate is
-measured: a few of the very images that are to be labelled go through the network, on this machine or, on a
-cluster, where an actor would stand.
+measured: a few of the very images that are to be labelled go through the network where an actor would stand,
+in the cluster, or in a Ray that is started here as a run would start one, which is measured too.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import json
 import math
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 
@@ -32,10 +33,10 @@ from jobs.relabel.worklist import Reason, Worklist
 from schemas.relabel_spec import RelabelSpec
 
 DEFAULT_SAMPLE = 32
-# Of a run on one machine that labels: Python and Ray; and of each model: its actors' start and end, the last
-# commit. Measured on two cores (benchmarks/forecast.py).
-STARTUP_S = 12.0
-PASS_S = 8.0
+# What a run does besides, and a plan does not measure: Python's start and end; of each model that labels, the
+# stages before and after its actors, and the last commit. Seen on two cores (benchmarks/forecast.py).
+RUN_S = 5.0
+PASS_S = 4.0
 # Images compared by a gate in a second, with ten objects and their masks (benchmarks/diff.py).
 _COMPARED_PER_S = 60_000
 # What actors reach of the rate that one reaches alone, for they wait for units now and then.
@@ -47,7 +48,8 @@ class PassForecast:
     """One model's part.
 
     counts: images by reason. read_only: so many of the changed ones, by a sample, hold what they held, and
-    are read and not labelled. images: to be labelled; seconds: of that.
+    are read and not labelled. images: to be labelled; seconds: of that; start_s: until an actor is warm, of
+    the first one with Ray's start.
     """
 
     model_id: str
@@ -58,6 +60,7 @@ class PassForecast:
     images: int
     images_per_s: float | None
     seconds: float | None
+    start_s: float
 
 
 @dataclass
@@ -66,8 +69,8 @@ class Forecast:
 
     images: to be labelled, by all models; this_run: those that the budget lets through; seconds: of the whole
     command; hours: of all actors together; finish_at: UTC, of this run. None where nothing was sampled.
-    looked_s: what looking at the lake and listing the source took here, as it will take the run. notes: what
-    the run would say first.
+    looked_s: what looking at the lake, listing the source and ending Ray took here, as it will take the run.
+    notes: what the run would say first.
     """
 
     source: str
@@ -106,11 +109,11 @@ def run_forecast(spec: RelabelSpec, sample: int = DEFAULT_SAMPLE) -> Forecast:
         job.source_uri, job.lake_uri, night.current, notes=night.notes, currency=spec.price.currency
     )
     cluster, table = _cluster(job), open_table(job)
-    with Listing.of(spec.source, job.storage, job.lake_uri) as shards:
+    with Listing.of(spec.source, job.storage, job.lake_uri) as shards, ExitStack() as connection:
         for part in night.passes:
             with part.compare(shards, table) as work:
                 sampling = time.perf_counter()
-                forecast.passes.append(_forecast_pass(part.job, work, cluster, sample))
+                forecast.passes.append(_forecast_pass(part.job, work, cluster, sample, connection))
                 sampled_s += time.perf_counter() - sampling
             pool = _pool(part.job, cluster)
             forecast.actors = max(forecast.actors, 0 if pool is None else pool.room)
@@ -121,19 +124,25 @@ def run_forecast(spec: RelabelSpec, sample: int = DEFAULT_SAMPLE) -> Forecast:
 
 @dataclass(frozen=True)
 class _Sample:
-    """Of an image, on average: seconds of an actor, and encoded bytes."""
+    """Of an image, on average: seconds of an actor, and encoded bytes.
+
+    start_s: until an actor was warm, with Ray's start where that was not there yet.
+    """
 
     seconds: float
     num_bytes: float
+    start_s: float
 
 
-def _forecast_pass(job: Job, work: Worklist, cluster: ClusterInfo, sample: int) -> PassForecast:
+def _forecast_pass(
+    job: Job, work: Worklist, cluster: ClusterInfo, sample: int, connection: ExitStack
+) -> PassForecast:
     counts, rate, measured, read_only = work.counts, None, None, 0
     if sample and work.has_tasks:
         if known := work.num_known:
             read_only = round(known * _share_unchanged(job, work.known_sample(sample)))
         pool = _pool(job, cluster)
-        measured = None if pool is None else _measure(job, pool, work.tasks(), sample)
+        measured = None if pool is None else _measure(job, pool, work.tasks(), sample, connection)
         rate = None if pool is None or measured is None else pool.room * _BUSY_SHARE / measured.seconds
     if work.has_tasks and not counts.to_do:
         # Shards of a source of which none was read yet: by the sample's size, or at least an image each.
@@ -151,6 +160,7 @@ def _forecast_pass(job: Job, work: Worklist, cluster: ClusterInfo, sample: int) 
         images,
         rate,
         None if rate is None else images / rate,
+        0.0 if measured is None else measured.start_s,
     )
 
 
@@ -166,8 +176,10 @@ def _share_unchanged(job: Job, tasks: Iterator[ShardTask]) -> float:
     return unchanged / (unchanged + labelled) if unchanged else 0.0
 
 
-def _measure(job: Job, pool: PoolPlan, tasks: Iterator[ShardTask], sample: int) -> _Sample | None:
-    """None where the sample could not be read."""
+def _measure(
+    job: Job, pool: PoolPlan, tasks: Iterator[ShardTask], sample: int, connection: ExitStack
+) -> _Sample | None:
+    """None where the sample could not be read. connection: keeps Ray for the next model."""
     reader = UnitReader(job.spec.source, job.storage, job.spec.unit.max_bytes, min(pool.max_images, sample))
     units: list[pa.Table] = []
     num_images = 0
@@ -187,21 +199,19 @@ def _measure(job: Job, pool: PoolPlan, tasks: Iterator[ShardTask], sample: int) 
     replica = Replica(
         job.model_overrides, job.device, job.precision, job.spec.pool.batch_size, pool.torch_threads
     )
-    if cluster_address() is None:
-        return _label(job, replica, units)
     remote = ray.remote(_label).options(
         num_cpus=pool.cpus_per_actor, num_gpus=pool.gpus_per_actor or None, resources=dict(pool.resources)
     )
+    started = time.perf_counter()
     connect()
-    try:
-        measured: _Sample = ray.get(remote.remote(job, replica, units))
-        return measured
-    finally:
-        shutdown()
+    connection.callback(shutdown)
+    seconds, num_images, num_bytes = ray.get(remote.remote(job, replica, units))
+    start_s = time.perf_counter() - started - seconds
+    return _Sample(seconds / num_images, num_bytes / num_images, start_s)
 
 
-def _label(job: Job, replica: Replica, units: Sequence[pa.Table]) -> _Sample:
-    """Label and forget; the first unit warms up."""
+def _label(job: Job, replica: Replica, units: Sequence[pa.Table]) -> tuple[float, int, int]:
+    """Label and forget; the first unit warms up. Gives seconds, images, and their encoded bytes."""
     labeler = Labeler(job.checkpoint, replica, job.lineage)
     try:
         labeler(units[0])
@@ -211,7 +221,7 @@ def _label(job: Job, replica: Replica, units: Sequence[pa.Table]) -> _Sample:
     finally:
         labeler.close()
     num_images = sum(report.num_images for report in reports)
-    return _Sample(seconds / num_images, sum(report.encoded_bytes for report in reports) / num_images)
+    return seconds, num_images, sum(report.encoded_bytes for report in reports)
 
 
 def _cluster(job: Job) -> ClusterInfo:
@@ -243,7 +253,7 @@ def _reckon(forecast: Forecast, spec: RelabelSpec, is_judged: bool) -> None:
     """
     forecast.images = sum(part.images for part in forecast.passes)
     working = [part for part in forecast.passes if part.images]
-    start_s = forecast.looked_s + (STARTUP_S + PASS_S * len(working) if working else 0.0)
+    start_s = forecast.looked_s + RUN_S + sum(PASS_S + part.start_s for part in working)
     left_s = math.inf if spec.budget.time_s is None else spec.budget.time_s - start_s
     left = forecast.images if spec.budget.max_images is None else spec.budget.max_images
     seconds = 0.0
