@@ -41,9 +41,9 @@ pc: Any = pyarrow.compute  # whose stubs know no arrays of unknown type
 MODEL = "lite-0123456789ab"
 SOURCE = "s3://photographs/2026"
 FILE_ROWS = 100_000
-TAR_IMAGES = 1000
 NEW_IMAGES = 1000
-FORMS = ("files", "tar")
+TAR_IMAGES = {"tar": 1000, "small-tar": 100}  # a shard
+FORMS = ("files", *TAR_IMAGES)
 # What the table lacks: each hundredth image, nothing, or a thousand that were added to the source since.
 LACKS = ("hundredth", "nothing", "added")
 COMMANDS = ("infer", "relabel")
@@ -85,7 +85,8 @@ def main() -> None:
             shutil.rmtree(lake.removeprefix("file://"))
     facts = [
         "image ids are compared as strings, never by hashes, so none can be skipped for another",
-        f"tar: {TAR_IMAGES} images a shard; each hundredth is of all shards, {NEW_IMAGES:,} added are one",
+        f"{', '.join(f'{form}: {num:,} images a shard' for form, num in TAR_IMAGES.items())}; each hundredth "
+        "is of all shards",
         "peak memory is the whole process's, 150 MB of it before it begins",
     ]
     write_report("planning", "Planning at scale", ["pyarrow", "deltalake"], facts, table, args.out)
@@ -116,7 +117,7 @@ def plan_apart(command: str, lake: str, form: str, images: int, lack: str) -> di
 def measure(command: str, lake: str, form: str, images: int, lack: str) -> dict[str, float]:
     storage = Storage(StorageSpec())
     listed = images + (NEW_IMAGES if lack == "added" else 0)
-    with Listing(tars(listed) if form == "tar" else slices(listed), 0.0) as listing:
+    with Listing(slices(listed) if form == "files" else tars(form, listed), 0.0) as listing:
         started = time.perf_counter()
         table = LabelsTable.open(lake, storage)
         index = load_shard_index(storage, lake, SOURCE, MODEL)
@@ -127,7 +128,9 @@ def measure(command: str, lake: str, form: str, images: int, lack: str) -> dict[
                 tasks = list(work.tasks())
         seconds = time.perf_counter() - started
     to_do = sum(
-        len(task.shard.objects) if form == "files" else TAR_IMAGES - len(cast(frozenset[str], task.skip))
+        len(task.shard.objects)
+        if form == "files"
+        else TAR_IMAGES[form] - len(cast(frozenset[str], task.skip))
         for task in tasks
     )
     wanted = {"hundredth": -(-images // 100), "nothing": 0, "added": NEW_IMAGES}[lack]
@@ -155,10 +158,11 @@ def tar_name(number: int) -> str:
     return f"shard-{number:06d}.tar"
 
 
-def tars(images: int) -> Iterator[Shard]:
-    for number in range(images // TAR_IMAGES):
+def tars(form: str, images: int) -> Iterator[Shard]:
+    for number in range(images // TAR_IMAGES[form]):
         uri = f"{SOURCE}/{tar_name(number)}"
-        yield Shard(uri, tar_name(number), "tar", ObjectInfo(uri, 150_000_000, None, "1"))
+        size = 150_000 * TAR_IMAGES[form]
+        yield Shard(uri, tar_name(number), "tar", ObjectInfo(uri, size, None, "1"))
 
 
 def write_table(lake: str, form: str, images: int, lack: str) -> None:
@@ -173,16 +177,17 @@ def write_table(lake: str, form: str, images: int, lack: str) -> None:
             rows = rows.filter(pa.array([number % 100 != 0 for number in range(start, end)]))
         committer.add(write_fragment(rows, [f"unit {start}"], lake, MODEL, storage))
     committer.commit()
-    if form == "tar":
-        counts = {(tar_name(number), "1"): TAR_IMAGES for number in range(images // TAR_IMAGES)}
+    if form != "files":
+        num = TAR_IMAGES[form]
+        counts = {(tar_name(number), "1"): num for number in range(images // num)}
         save_shard_index(storage, lake, SOURCE, MODEL, "r", counts)
 
 
 def label_rows(form: str, start: int, end: int) -> pa.Table:
     num = end - start
     ids, shards = keys(start, end), pa.array(["."] * num)
-    if form == "tar":
-        shards = pa.array([tar_name(number // TAR_IMAGES) for number in range(start, end)])
+    if form != "files":
+        shards = pa.array([tar_name(number // TAR_IMAGES[form]) for number in range(start, end)])
         ids = pc.binary_join_element_wise(shards, ids, "/")
     values: dict[str, Any] = {
         "image_id": ids,

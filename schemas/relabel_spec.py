@@ -1,6 +1,6 @@
 """What `masklake relabel` is asked to do: the sections of InferSpec, and those of a night's work."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -31,7 +31,7 @@ class BudgetSpec(Section):
 
 
 class OrderSpec(Section):
-    """What is labelled first: new images, then changed ones, then failures, then stale labels."""
+    """What is labelled first: new images, changed ones, failures, then stale ones, the newest first."""
 
     first: Globs = Field(
         default=(), description="globs on image_id (tar and Parquet: on the shard), before all"
@@ -69,6 +69,16 @@ class RelabelSpec(Section):
         default="auto", description="auto: once every image is labelled and the gate is passed"
     )
     price: PriceSpec = PriceSpec()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _says_order(cls, values: Any) -> Any:
+        if isinstance(values, dict) and "priority" in values:
+            raise ValueError(
+                "priority is not a known key; what is labelled first stands in order: "
+                "{first: [GLOB, …], uncertain_first: true}"
+            )
+        return values
 
     @model_validator(mode="after")
     def _is_about_every_image(self) -> "RelabelSpec":

@@ -22,6 +22,7 @@ from typing import Any, Final
 import pyarrow.compute as pc
 from deltalake import CommitProperties
 
+from jobs.lake import failpoints
 from jobs.lake.commit_on_top import commit_on_top
 from jobs.lake.labels_table import LabelsTable
 from jobs.lake.storage import CorruptObjectError
@@ -356,6 +357,7 @@ def _commit(
         "version": table.version + 1,
         "sources": {source: _to_json(after[source]) for source in sorted(after)},
     }
+    failpoints.reach("current_send")
     table.ask(
         "a commit to the log",
         lambda delta: delta.alter.set_table_properties(
@@ -364,6 +366,7 @@ def _commit(
             commit_properties=CommitProperties(custom_metadata=metadata, max_commit_retries=0),
         ),
     )
+    failpoints.reach("current_put")
 
 
 def _read_property(table: LabelsTable) -> tuple[int | None, dict[str, CurrentModel]]:

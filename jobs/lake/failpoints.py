@@ -12,6 +12,9 @@ outside tests, a failpoint does nothing.
     rewrite_put       its put went through
     retire_send       a version without the files of retired models is about to be sent
     retire_put        its put went through
+    current_send      a promotion or rollback is about to be sent
+    current_put       its put went through
+    gate_compared     two models were compared, and the gate did not judge yet
     decode_image      an image is about to be decoded, in the process that decodes; detail: image_id
     label_image       a decoded image is about to go through the network, in the actor; detail: image_id
 """

@@ -54,6 +54,13 @@ class CurrentLabels:
         spill = Path(tempfile.gettempdir()) / f"masklake-duckdb-{uuid.uuid4().hex}"
         connection = duckdb.connect(config={"temp_directory": str(spill)})
         connection.execute("SET TimeZone = 'UTC'")
+        self.create_view(connection, "labels")
+        connection.execute(_DETECTIONS_VIEW)
+        connection.register("all_labels", self.table.dataset())
+        return connection
+
+    def create_view(self, connection: duckdb.DuckDBPyConnection, name: str) -> None:
+        """Make a temporary view of the rows, columns of LABEL_SCHEMA."""
         by_model = {model_id: self._sources_of(model_id) for model_id in set(self.models.values())}
         files = [
             file
@@ -64,21 +71,21 @@ class CurrentLabels:
         alone, others = split_files(files)
         create_newest_view(
             connection,
-            "labels",
+            name,
             self.table.dataset_of(alone),
             self.table.dataset_of(others),
             model_condition(self.models, Engine.DUCKDB),
         )
-        connection.execute(_DETECTIONS_VIEW)
-        connection.register("all_labels", self.table.dataset())
-        return connection
 
     def relation(self) -> duckdb.DuckDBPyRelation:
         """The rows, columns of LABEL_SCHEMA. Lazy: .select(), .filter(), .to_arrow_table(), .fetchall()."""
         return self.connect().view("labels")
 
-    def dataset(self) -> pa.RecordBatchReader:
-        """The rows as LABEL_SCHEMA, in no order, as they are asked for."""
+    def reader(self) -> pa.RecordBatchReader:
+        """The rows as LABEL_SCHEMA, in no order, once, as they are asked for.
+
+        Not a pyarrow dataset: that has no way to say "the newest row of each image".
+        """
         rows: pa.RecordBatchReader = self.relation().to_arrow_reader(_BATCH_ROWS).cast(LABEL_SCHEMA)
         return rows
 
@@ -133,10 +140,15 @@ def current_models(table: LabelsTable, source: str | None = None) -> dict[str, s
 
 
 def count_missing(table: LabelsTable, source: str, old: str, new: str) -> int:
-    """Images of a source that have current labels by one model, and none by another."""
+    """Images of a source that have labels by one model, and by another none, or those of an earlier content.
+
+    What a model failed at, it has a row of; what it says is gone, none.
+    """
     connection = CurrentLabels(table, {source: old}).connect()
-    files = [file for file in table.files(new) if file.sources.may_hold(source, source)]
-    connection.register("others", table.dataset_of(files))
-    found = "SELECT image_id FROM others WHERE source = ?"
-    query = f"SELECT count(*) FROM labels ANTI JOIN ({found}) USING (image_id)"
-    return int(connection.execute(query, [source]).fetchall()[0][0])
+    CurrentLabels(table, {source: new}).create_view(connection, "others")
+    query = """
+        SELECT count(*) FROM labels LEFT JOIN others USING (image_id)
+        WHERE others.image_id IS NULL
+            OR (others.content_hash <> labels.content_hash AND others.labeled_at < labels.labeled_at)
+    """
+    return int(connection.execute(query).fetchall()[0][0])

@@ -125,6 +125,7 @@ def _print_forecast(forecast: Forecast) -> None:
         label = reason.replace("_", " ")
         table.add_row(label, *(f"{part.counts[reason]:,}" for part in forecast.passes))
     table.add_row("removed", *(f"{part.removed:,}" for part in forecast.passes))
+    table.add_row("only read", *(f"{part.read_only:,}" for part in forecast.passes))
     table.add_row("to label", *(f"{part.images:,}" for part in forecast.passes))
     table.add_row("by estimate", *(f"{part.estimated:,}" for part in forecast.passes))
     rates = ("–" if part.images_per_s is None else f"{part.images_per_s:.1f}" for part in forecast.passes)

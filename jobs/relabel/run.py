@@ -27,6 +27,7 @@ from jobs.infer.progress import Watcher
 from jobs.infer.read import Tasks
 from jobs.infer.run import Limits, run_job
 from jobs.infer.units import UnitReport
+from jobs.lake import failpoints
 from jobs.lake.current import current_of, promote, read_current
 from jobs.lake.labels_table import LabelsTable
 from jobs.lake.lease import Lease
@@ -285,6 +286,7 @@ class _Run:
             match_iou=gate.match_iou,
             masks=gate.compare_masks,
         )
+        failpoints.reach("gate_compared")
         aps = None
         if gate.annotations is not None:
             aps = (
@@ -308,6 +310,7 @@ class _Choice:
     def __init__(self, part: Pass) -> None:
         self._part = part
         self._version: int | None = -1
+        self._tasks: Tasks | None = None
         self._opened = ExitStack()
         self.max_images: int | None = None
         self.is_cut = False  # whether max_images left something out
@@ -321,8 +324,10 @@ class _Choice:
 
     def __call__(self, job: Job, shards: Iterable[Shard]) -> tuple[Tasks, LabelsTable | None]:
         table = self.look(shards)
-        self.is_cut = self.work.is_cut(self.max_images)
-        return Tasks(self.work.tasks(self.max_images)), table
+        if self._tasks is None:
+            self._tasks = Tasks(self.work.tasks(self.max_images))
+            self.is_cut = self.work.is_cut(self.max_images)
+        return self._tasks, table
 
     def look(self, shards: Iterable[Shard]) -> LabelsTable | None:
         table = open_table(self._part.job)
@@ -330,7 +335,7 @@ class _Choice:
         if version != self._version:
             self._opened.close()
             self.work = self._opened.enter_context(self._part.compare(shards, table))
-            self._version = version
+            self._version, self._tasks = version, None
         return table
 
 

@@ -48,8 +48,8 @@ class Target(StrEnum):
 def schedule(
     spec_file: Annotated[Path, typer.Argument(help="spec file (YAML) of masklake relabel")],
     cron: Annotated[str, typer.Option(help="minute, hour, day of month, month, day of week: '0 2 * * *'")],
-    target: Annotated[Target, typer.Option("--for", help="what starts the runs")],
     timezone: Annotated[str, typer.Option(help="IANA time zone of --cron")] = "UTC",
+    target: Annotated[Target, typer.Option("--for", help="what starts the runs")] = Target.KUBERNETES,
     name: Annotated[str, typer.Option(help="of the schedule; one for each")] = "masklake-relabel",
     deadline: Annotated[str, typer.Option(help="a run that takes longer is ended: 90m, 24h, …")] = "24h",
     image: Annotated[str | None, typer.Option(help="cluster: image with masklake and Ray")] = None,
@@ -121,7 +121,8 @@ def _cluster(target: Target, name: str, deadline_s: int, given: Mapping[str, Any
 
     if "image" not in given:
         raise UsageError(
-            f"--for {target} wants --image: an image with masklake and Ray that its nodes can pull"
+            f"--for {target} wants --image: an image with masklake and Ray that its nodes can pull; "
+            "without a cluster, --for crontab needs none"
         )
     number = given.get("num_workers", 1)
     size = {key: given[f"worker_{key}"] for key in ("cpu", "memory", "gpus") if f"worker_{key}" in given}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import asdict
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Annotated
 
@@ -155,13 +156,18 @@ def rollback(
 
 @app.command()
 def history(lake: Lake, endpoint_url: Endpoint = None, as_json: Json = False) -> None:
-    """List the promotions and rollbacks, the newest first."""
+    """List the promotions and rollbacks, and the moves of aliases, the newest first."""
     from jobs.lake import current
+    from jobs.lake.aliases import Aliases
     from jobs.lake.labels_table import LabelsTable
     from jobs.lake.storage import Storage
     from jobs.terminal_table import print_table
 
-    table = LabelsTable.open(lake, Storage(StorageSpec(endpoint_url=endpoint_url)))
+    storage = Storage(StorageSpec(endpoint_url=endpoint_url))
+    table = LabelsTable.open(lake, storage)
+    aliases = Aliases(lake, storage)
+    moves = [move for alias in aliases.names() for move in aliases.history(alias)]
+    moves.sort(key=lambda move: move.at, reverse=True)
     switches = current.history(table)
     rows = [
         {
@@ -180,8 +186,10 @@ def history(lake: Lake, endpoint_url: Endpoint = None, as_json: Json = False) ->
         for source, (new, old) in switch.sources.items()
     ]
     if as_json:
-        print(json.dumps({"version": table.version, "history": rows}))
-    elif not rows:
+        said = {"version": table.version, "history": rows, "aliases": [asdict(move) for move in moves]}
+        print(json.dumps(said))
+        return
+    if not rows:
         print("no model was ever promoted: of each source the only model's labels are current")
     else:
         shown = [
@@ -199,6 +207,11 @@ def history(lake: Lake, endpoint_url: Endpoint = None, as_json: Json = False) ->
             for source, (new, old) in switch.sources.items()
         ]
         print_table(("version", "at", "event", "source", "model", "before", "by", "why"), shown)
+    if moves:
+        print_table(
+            ("alias", "at", "model", "by", "why"),
+            [(move.alias, move.at, move.model, move.by, move.why) for move in moves],
+        )
 
 
 def _check_complete(table: LabelsTable, sources: Sequence[str], model_id: str) -> None:

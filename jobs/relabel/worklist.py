@@ -15,6 +15,8 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import StrEnum
+from itertools import groupby
+from operator import itemgetter
 from typing import Any
 
 import duckdb
@@ -34,6 +36,8 @@ _MEMORY = "2GB"  # DuckDB spills what is more
 _ROW_COLUMNS = ("image_id", "shard", "object_version", "content_hash", "status", "error_kind", "max_score")
 # Of an image, by its best score s: 1 at 0.5, 0 at 0 and 1, and where nothing was found.
 _UNCERTAINTY = "coalesce(4 * current.max_score * (1 - current.max_score), 0)"
+_ORDER = "wanted, reason_rank, uncertainty DESC, stale_since DESC NULLS LAST, {key}"
+_BATCH_ROWS = 10_000
 
 
 class Reason(StrEnum):
@@ -91,7 +95,20 @@ class Worklist:
         Args:
             max_images: no more single images than that; of shards nobody knows before they are read.
         """
-        return self._slices(max_images) if self._is_files else self._whole_shards()
+        limit = "" if max_images is None else f"LIMIT {int(max_images)}"
+        wanted = f"work ORDER BY {_ORDER.format(key='image_id')} {limit}"
+        return self._slices(wanted) if self._is_files else self._whole_shards()
+
+    @property
+    def num_known(self) -> int:
+        """Images to do that this model labelled from another version of their object: with the same content
+        they are read, and no more. 0 of shards, of which that is not known by image.
+        """
+        return _count(self._keys, "work WHERE known IS NOT NULL") if self._is_files else 0
+
+    def known_sample(self, num_images: int) -> Iterator[ShardTask]:
+        """Some of num_known, at random."""
+        return self._slices(f"(FROM work WHERE known IS NOT NULL) USING SAMPLE {int(num_images)}")
 
     @property
     def has_tasks(self) -> bool:
@@ -117,14 +134,10 @@ class Worklist:
         )
         return {str(image_id): str(version) for image_id, version in found.fetchall()}
 
-    def _slices(self, max_images: int | None) -> Iterator[ShardTask]:
+    def _slices(self, wanted: str) -> Iterator[ShardTask]:
         (like,) = self._shards
-        limit = "" if max_images is None else f"LIMIT {int(max_images)}"
         columns = ", ".join(OBJECT_SCHEMA.names)
-        found = self._keys.cursor().sql(
-            f"SELECT {columns}, known FROM work "
-            f"ORDER BY wanted, reason_rank, uncertainty DESC, image_id {limit}"
-        )
+        found = self._keys.cursor().sql(f"SELECT {columns}, known FROM {wanted}")
         reader = found.to_arrow_reader(SLICE_IMAGES)
         while (batch := next(reader, None)) is not None:
             rows = pa.Table.from_batches([batch])
@@ -134,20 +147,39 @@ class Worklist:
             yield ShardTask(Shard(like.uri, like.name, "files", None, objects), frozenset(), contents)
 
     def _whole_shards(self) -> Iterator[ShardTask]:
-        keys = self._keys.cursor()
-        wanted = keys.sql("SELECT place FROM work ORDER BY wanted, reason_rank, uncertainty DESC, place")
-        for (place,) in wanted.fetchall():
+        for place, rows in groupby(self._rows_by_shard(), key=itemgetter(0)):
             shard = self._shards[place]
             assert shard.info is not None, "only slices have no object of their own"
-            rows = keys.execute(
-                "SELECT image_id, is_same AND NOT is_retried, CASE WHEN NOT is_retried THEN content_hash END "
-                "FROM mine JOIN shards USING (shard) WHERE place = $1 AND is_live",
-                [place],
-            ).fetchall()
-            skip = frozenset(image_id for image_id, is_done, _ in rows if is_done)
+            skip: set[str] = set()
             # b"" is nothing's hash: such an image is labelled, or found to be gone like the others.
-            contents = {image_id: bytes(known or b"") for image_id, is_done, known in rows if not is_done}
-            yield ShardTask(shard, skip, contents)
+            contents: dict[str, bytes] = {}
+            for _, image_id, is_done, known in rows:
+                if image_id is None:  # a shard without rows
+                    continue
+                if is_done:
+                    skip.add(image_id)
+                else:
+                    contents[image_id] = known or b""
+            yield ShardTask(shard, frozenset(skip), contents)
+
+    def _rows_by_shard(self) -> Iterator[tuple[int, str | None, bool | None, bytes | None]]:
+        """(place of the shard, image_id, is_done, content_hash) of what this model has of each shard that is
+        to be read, the most wanted shard first; once with nothing for a shard of which it has nothing.
+        """
+        found = self._keys.cursor().sql(
+            f"""
+            SELECT place, image_id, is_same AND NOT is_retried AS is_done,
+                CASE WHEN NOT is_retried THEN content_hash END AS known
+            FROM (
+                SELECT place, shard, row_number() OVER (ORDER BY {_ORDER.format(key="place")}) AS turn
+                FROM work
+            ) LEFT JOIN (SELECT * FROM mine WHERE is_live) USING (shard)
+            ORDER BY turn
+            """
+        )
+        reader = found.to_arrow_reader(_BATCH_ROWS)
+        while (batch := next(reader, None)) is not None:
+            yield from zip(*(column.to_pylist() for column in batch.columns), strict=True)
 
 
 @contextmanager
@@ -240,11 +272,12 @@ def _take_rows(
     keys.execute(
         f"""
         CREATE TABLE {name} AS
-        SELECT image_id, newest.*, newest.status <> '{Status.REMOVED}' AS is_live,
+        SELECT image_id, newest.*, labeled_at, newest.status <> '{Status.REMOVED}' AS is_live,
             newest.status = '{Status.FAILED}' AS is_failed,
             coalesce(newest.error_kind IN (SELECT unnest($1::VARCHAR[])), false) AS is_retried
         FROM (
-            SELECT image_id, arg_max({{{made_from}}}, labeled_at) AS newest FROM labels GROUP BY image_id
+            SELECT image_id, arg_max({{{made_from}}}, labeled_at) AS newest, max(labeled_at) AS labeled_at
+            FROM labels GROUP BY image_id
         )
         """,
         [[kind.value for kind in retry]],
@@ -278,7 +311,8 @@ def _compare_objects(keys: duckdb.DuckDBPyConnection, counts: Counts, order: Ord
                 WHEN current.is_live THEN '{Reason.STALE}'
                 ELSE '{Reason.NEW}' END AS reason,
             CASE WHEN mine.is_live AND NOT mine.is_retried AND {is_other.format(rows="mine")}
-                THEN mine.content_hash END AS known
+                THEN mine.content_hash END AS known,
+            CASE WHEN reason = '{Reason.STALE}' THEN current.labeled_at END AS stale_since
         FROM objects LEFT JOIN mine USING (image_id) LEFT JOIN current USING (image_id)
         """
     )
@@ -312,14 +346,14 @@ def _compare_shards(keys: duckdb.DuckDBPyConnection, counts: Counts, order: Orde
                 count(*) FILTER (is_same) AS num_same
             FROM mine WHERE is_live GROUP BY shard
         ), current_by_shard AS (
-            SELECT shard, count(*) AS num, avg({_UNCERTAINTY}) AS uncertainty
+            SELECT shard, count(*) AS num, avg({_UNCERTAINTY}) AS uncertainty, max(labeled_at) AS labeled_at
             FROM current WHERE is_live GROUP BY shard
         ), figures AS (
             SELECT shards.place, shards.shard, shards.num_bytes,
                 {"coalesce(uncertainty, 0)" if order.uncertain_first else 0} AS uncertainty,
                 coalesce(mine_by_shard.num, 0) AS num_mine, coalesce(num_retried, 0) AS num_retried,
                 coalesce(num_failed, 0) AS num_failed, coalesce(num_same, 0) AS num_same,
-                coalesce(current_by_shard.num, 0) AS num_current,
+                coalesce(current_by_shard.num, 0) AS num_current, current_by_shard.labeled_at,
                 counted.num_images AS counted, counted_by_current.num_images AS counted_by_current
             FROM shards LEFT JOIN mine_by_shard USING (shard) LEFT JOIN current_by_shard USING (shard)
                 LEFT JOIN counted ON counted.shard = shards.shard AND counted.version = shards.version
@@ -336,6 +370,7 @@ def _compare_shards(keys: duckdb.DuckDBPyConnection, counts: Counts, order: Orde
                 WHEN counted_by_current IS NOT NULL THEN '{Reason.STALE}'
                 WHEN num_current > 0 AND num_mine = 0 THEN '{Reason.CHANGED}'
                 ELSE '{Reason.NEW}' END AS reason,
+            CASE WHEN reason = '{Reason.STALE}' THEN labeled_at END AS stale_since,
             greatest(0, coalesce(counted, counted_by_current,
                 greatest(num_mine, num_current, round(num_bytes * images_per_byte)), 0))::BIGINT AS num_images
         FROM figures, density

@@ -14,12 +14,12 @@ from schemas.specs import StorageSpec
 from tests.chaos.fault_proxy import FaultProxy
 from tests.chaos.harness import SEED, Drivers, Job, make_images, make_source, write_source
 from tests.chaos.judge import Table, judge, read_table
-from tests.integration.conftest import S3Server, moto_server
+from tests.integration.conftest import S3Server, moto_server, rgw_server
 
 if TYPE_CHECKING:
     from types_boto3_s3.client import S3Client
 
-__all__ = ["moto_server"]
+__all__ = ["moto_server", "rgw_server"]
 
 MOST_IMAGES = 30
 

@@ -1,20 +1,23 @@
-"""A bucket over which `masklake relabel` runs night by night, and oracles that say what must come of it.
+"""A bucket over which `masklake relabel` runs night by night, as an oracle says, through kills and refusals.
 
-Enters: images and models, as a test changes them. Leaves: after each night, whose labels of which content
-must be current, reckoned in plain Python from the source alone; and those that are.
+Enters: a calendar: which model is wanted when, which nights are killed. Leaves: after each night, and after
+each kill, whether what a reader sees is exactly what the oracle says, down to the detections.
 """
 
 from __future__ import annotations
 
-import hashlib
 import random
+import signal
 import uuid
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 
 from jobs.lake.aliases import Aliases
+from jobs.lake.failpoints import VARIABLE as FAILPOINTS
 from jobs.lake.labels_table import LabelsTable
 from jobs.lake.models import read_checkpoint_bytes
 from jobs.lake.registry import ModelRegistry, ModelVersion
@@ -22,154 +25,115 @@ from jobs.lake.storage import Storage
 from jobs.lake.views import current_labels
 from maskrcnn_core.checkpoint import dump_checkpoint, parse_checkpoint
 from schemas.specs import StorageSpec
-from tests.chaos.harness import make_images, make_source
-from tests.chaos.judge import read_table
+from tests.chaos.harness import Drivers, Ended, make_images, make_source, write_source
+from tests.chaos.judge import Row, read_table
+from tests.chaos.night_oracle import UNIT, Images, Oracle, digest
 from tests.integration.conftest import S3Server
 
-UNIT = 2  # images
-Images = dict[str, bytes]
+BROKEN = b"no image at all"
+_SETTINGS = (
+    f"unit.max_images={UNIT}",
+    "commit.every_images=6",
+    "model.min_size_px=64",
+    "model.max_size_px=96",
+    "model.max_detections=5",
+    "pool.cpus_per_actor=1",
+    "failures.budget=100%",
+)
 
 
 @dataclass(frozen=True)
-class Night:
-    """`masklake relabel` as its scheduler runs it. budget: images a night."""
+class Words:
+    """A command line."""
 
-    bucket: str
-    budget: int
-    settings: tuple[str, ...] = ()
+    words: tuple[str, ...]
 
     def argv(self) -> list[str]:
-        settings = [
-            f"budget.max_images={self.budget}",
-            f"unit.max_images={UNIT}",
-            "commit.every_images=6",
-            "model.min_size_px=64",
-            "model.max_size_px=96",
-            "model.max_detections=5",
-            "pool.cpus_per_actor=1",
-            "failures.budget=100%",
-            "gate.max_lost=40%",
-            "gate.min_score=0.05",
-            *self.settings,
-        ]
-        uris = {"source": f"{self.bucket}/images", "model": "alias:champion", "lake": f"{self.bucket}/lake"}
-        flags = [word for name, uri in uris.items() for word in (f"--{name}", uri)]
-        return ["relabel", *flags, "--json", *(word for setting in settings for word in ("--set", setting))]
+        return list(self.words)
 
 
-@dataclass
-class Oracle:
-    """What must be current, by the rules and nothing of the product's.
+def command(name: str, source: str, model: str, lake: str, *settings: str) -> Words:
+    flags = ("--source", source, "--model", model, "--lake", lake, "--json")
+    return Words((name, *flags, *(word for setting in settings for word in ("--set", setting))))
 
-    labelled: of each model, image_id -> content that it labelled. refused: models that the gate refuses.
+
+@dataclass(frozen=True)
+class Kill:
+    """SIGKILL at a failpoint, on the first night from `night` on that would label so many images, at least,
+    and end with the status.
     """
 
-    budget: int
-    labelled: dict[str, Images] = field(default_factory=dict)
-    current: str | None = None
-    refused: frozenset[str] = frozenset()
+    night: int
+    failpoint: str
+    images: int = 0
+    status: str | None = None
 
-    def night(self, target: str) -> str:
-        """One undisturbed night; gives its status."""
-        left = self.budget
-        was_current = self.current
-        for model in [was_current, target] if was_current not in (None, target) else [target]:
-            assert model is not None
-            num, is_limited = self.label(model, target, left)
-            left -= num
-            if is_limited:
-                self.current = was_current or target  # the only model that has labels
-                return "limited"
-        if was_current == target:
-            return "up_to_date"
-        if was_current is not None and target in self.refused:
-            return "refused"
-        self.current = target
-        return "promoted"
-
-    def label(self, model: str, target: str, left: int) -> tuple[int, bool]:
-        """One model over the source; gives how many images it labelled, and whether that ended the night."""
-        raise NotImplementedError
-
-    def must_be_current(self) -> dict[str, tuple[str, bytes]]:
-        """image_id -> whose labels of which content."""
-        assert self.current is not None
-        return {key: (self.current, digest(data)) for key, data in self.labelled[self.current].items()}
+    def is_due(self, night: int, would: Oracle, status: str) -> bool:
+        return night >= self.night and len(would.steps) >= self.images and self.status in (None, status)
 
 
-@dataclass
-class FilesOracle(Oracle):
-    """Of images that are objects of their own."""
-
-    source: Images = field(default_factory=dict)
-
-    def label(self, model: str, target: str, left: int) -> tuple[int, bool]:
-        done = self.labelled.setdefault(model, {})
-        for key in [key for key in done if key not in self.source]:
-            del done[key]
-        others = self.labelled.get(self.current or "", {}) if model == target != self.current else {}
-        to_do = [key for key, data in self.source.items() if done.get(key) != data]
-
-        def rank(key: str) -> tuple[int, str]:
-            is_stale = key not in done and others.get(key) == self.source[key]
-            is_changed = key in done or (key in others and not is_stale)
-            return (3 if is_stale else 1 if is_changed else 0), key
-
-        num = min(left, len(to_do))
-        for key in sorted(to_do, key=rank)[:num]:
-            done[key] = self.source[key]
-        return num, bool(to_do) and num == left
-
-
-@dataclass
-class ShardOracle(Oracle):
-    """Of images in tar or Parquet shards, which are wanted in order of their names.
-
-    shards: name -> image_id -> content, in order. closed: of each model, shards as it read them to their end.
+@dataclass(frozen=True)
+class Calendar:
+    """nights: how many. champions: from which night on the alias means which model. two_at_once: the night on
+    which two runs start; rolled_back: the one before which `masklake rollback` is run.
     """
 
-    shards: dict[str, Images] = field(default_factory=dict)
-    closed: dict[str, dict[str, Images]] = field(default_factory=dict)
-
-    def label(self, model: str, target: str, left: int) -> tuple[int, bool]:
-        """Units of one shard, until the budget is used up; what a shard lost is known at its end."""
-        done, closed = self.labelled.setdefault(model, {}), self.closed.setdefault(model, {})
-        for key in [key for key in done if key.partition("/")[0] not in self.shards]:
-            del done[key]
-        num = 0
-        for name, images in sorted(self.shards.items()):
-            if closed.get(name) == images:
-                continue
-            if num >= left:
-                return num, True
-            to_do = [key for key, data in images.items() if done.get(key) != data]
-            for start in range(0, len(to_do), UNIT):
-                unit = to_do[start : start + UNIT]
-                done.update({key: images[key] for key in unit})
-                num += len(unit)
-                if num >= left:
-                    return num, True
-            closed[name] = dict(images)
-            for key in [key for key in done if key.startswith(f"{name}/") and key not in images]:
-                del done[key]
-        return num, False
+    nights: int
+    champions: Mapping[int, str]
+    kills: tuple[Kill, ...] = ()
+    two_at_once: int | None = None
+    rolled_back: int | None = None
 
 
 class Month:
-    """The bucket, its models, and what is current in it."""
+    """The bucket, its models, and what is current in it.
 
-    def __init__(self, server: S3Server, seed: int) -> None:
+    Args:
+        folder: for a run of `masklake infer` with each model over every image there will be: what a label job
+            finds that knows nothing of nights.
+        budget: images a night.
+        num_images: that can come.
+    """
+
+    def __init__(
+        self,
+        server: S3Server,
+        drivers: Drivers,
+        folder: Path,
+        seed: int,
+        budget: int,
+        num_images: int = 140,
+        settings: tuple[str, ...] = (),
+    ) -> None:
+        self.drivers = drivers
         self.client = server.client()
         self.name = f"month-{uuid.uuid4().hex[:12]}"
         self.client.create_bucket(Bucket=self.name)
-        self.uri = f"s3://{self.name}"
-        self.lake = f"{self.uri}/lake"
+        self.source, self.lake = f"s3://{self.name}/images", f"s3://{self.name}/lake"
         self.storage = Storage(StorageSpec(endpoint_url=server.endpoint_url))
         self.env = {"AWS_ENDPOINT_URL": server.endpoint_url}
         self.rng = random.Random(seed)
-        self.fresh = iter(make_images(200, seed).values())
+        images = make_images(num_images, seed)
+        self.fresh = iter(images.values())
         registry = ModelRegistry(self.lake, self.storage)
-        self.models = {name: registry.register(name, data, print_) for name, data, print_ in _checkpoints()}
+        self.models: dict[str, ModelVersion] = {}
+        self.straight: dict[tuple[str, bytes], dict[str, Any]] = {}
+        pool = write_source(folder / "pool", images | {"broken.jpg": BROKEN})
+        for name, data, fingerprint in _checkpoints():
+            self.models[name] = registry.register(name, data, fingerprint)
+            (folder / f"{name}.safetensors").write_bytes(data)
+            self._label_straight(name, pool, folder)
+        self.night = command(
+            "relabel",
+            self.source,
+            "alias:champion",
+            self.lake,
+            *_SETTINGS,
+            f"budget.max_images={budget}",
+            "gate.max_lost=40%",
+            "gate.min_score=0.05",
+            *settings,
+        )
         self.target = ""
 
     @property
@@ -191,37 +155,105 @@ class Month:
         self.client.delete_object(Bucket=self.name, Key=f"images/{key}")
 
     def choose(self, name: str) -> None:
-        model: ModelVersion = self.models[name]
-        Aliases(self.lake, self.storage).move("champion", model, "the test", "it is time")
+        Aliases(self.lake, self.storage).move("champion", self.models[name], "the test", "it is time")
         self.target = name
+
+    def live(self, calendar: Calendar, oracle: Oracle, day: Callable[[int], None]) -> list[str]:
+        """All nights, each checked; gives their statuses.
+
+        Args:
+            day: changes the source and tells the oracle, before each night.
+        """
+        statuses: list[str] = []
+        kills = list(calendar.kills)
+        for night in range(calendar.nights):
+            day(night)
+            if night in calendar.champions:
+                self.choose(calendar.champions[night])
+            if night == calendar.rolled_back:
+                self.roll_back(oracle)
+            would, status = oracle.foretell(self.target)
+            is_alone = night != calendar.two_at_once
+            kill = next((kill for kill in kills if is_alone and kill.is_due(night, would, status)), None)
+            if kill is not None:
+                kills.remove(kill)
+                self._kill(kill, oracle, would)
+                print(f"night {night}: killed at {kill.failpoint}")
+            ended = self.drivers.run(self.night, self.env) if is_alone else self._two_at_once()
+            statuses.append(oracle.night(self.target))
+            print(f"night {night}: {self.target} {statuses[-1]}, {len(oracle.images())} images")
+            _check_end(ended, statuses[-1])
+            self.check(oracle)
+        assert kills == [], "no night had such work"
+        return statuses
+
+    def roll_back(self, oracle: Oracle) -> None:
+        """As somebody does who found the new labels to be no good."""
+        before = self.table.version
+        words = ("rollback", "--lake", self.lake, "--why", "it is no good", "--json")
+        ended = self.drivers.run(Words(words), self.env)
+        assert ended.status == 0, ended.stderr
+        assert (ended.summary["version"], ended.summary["changed"]) == (before + 1, True)
+        (current,) = ended.summary["current"].values()
+        oracle.roll_back(current.rpartition("-")[0])
+        self.check(oracle)
 
     def check(self, oracle: Oracle) -> None:
         """What a reader sees against the oracle, and the table as a whole."""
-        labels = current_labels(self.lake, self.storage).relation()
-        found = {
-            key: (model_id.rpartition("-")[0], bytes(content))
-            for key, model_id, content in labels.select("image_id, model_id, content_hash").fetchall()
-        }
+        labels = current_labels(self.lake, self.storage).relation().to_arrow_table().to_pylist()
+        found = sorted((row["image_id"], _name(row), row["content_hash"]) for row in labels)
         assert found == oracle.must_be_current()
+        for row in labels:
+            assert _labels(row) == self.straight[_name(row), row["content_hash"]], row["image_id"]
         assert read_table(self.lake, self.storage).problems == []
 
-    def done_by_table(self, contents: Mapping[bytes, bytes]) -> dict[str, Images]:
-        """What each model labelled, by the table: after a kill only it can know how far the night came.
+    def _label_straight(self, model: str, pool: str, folder: Path) -> None:
+        lake = str(folder / f"{model}-lake")
+        job = command("infer", pool, str(folder / f"{model}.safetensors"), lake, *_SETTINGS)
+        ended = self.drivers.run(job)
+        assert ended.status == 0, ended.stderr
+        for row in read_table(lake, Storage(StorageSpec())).rows:
+            self.straight[model, row["content_hash"]] = _labels(row)
+        assert self.straight[model, digest(BROKEN)]["status"] == "failed"
 
-        Args:
-            contents: digest -> content of what is in the source.
-        """
-        table = self.table
-        found: dict[str, Images] = {}
-        for model_id in table.model_ids():
-            rows = table.to_current(model_id).select("image_id, content_hash").fetchall()
-            name = model_id.rpartition("-")[0]
-            found[name] = {key: contents.get(bytes(content), b"another") for key, content in rows}
-        return found
+    def _kill(self, kill: Kill, oracle: Oracle, would: Oracle) -> None:
+        """Readers see the night before, and a beginning of this one: what it committed."""
+        runs = {row["run_id"] for row in read_table(self.lake, self.storage).rows}
+        killed = self.drivers.run(self.night, self.env | {FAILPOINTS: kill.failpoint})
+        assert killed.status == -signal.SIGKILL, f"{kill}: {killed.status}, {killed.stderr}"
+        table = read_table(self.lake, self.storage)
+        assert table.problems == []
+        oracle.killed(would, [row for row in table.rows if row["run_id"] not in runs])
+        if kill.failpoint == "current_put":
+            oracle.promoted(self.target)
+        self.check(oracle)
+
+    def _two_at_once(self) -> Ended:
+        started = [self.drivers.start(self.night, self.env) for _ in range(2)]
+        first, second = sorted((driver.wait() for driver in started), key=lambda end: end.status)
+        assert (first.status, second.status) == (0, 5), (first.stderr, second.stderr)
+        assert first.summary["run_id"] in second.last_line
+        return first
 
 
-def digest(data: bytes) -> bytes:
-    return hashlib.blake2b(data, digest_size=16).digest()
+def _check_end(ended: Ended, wanted: str) -> None:
+    reasons = {"refused": "max_lost", "rolled back": "was rolled back"}
+    if wanted in reasons:
+        ended.check_clear_end(4)
+        assert reasons[wanted] in ended.last_line
+    else:
+        assert ended.status == 0, ended.stderr
+        assert ended.summary["status"] == wanted, ended.summary
+
+
+def _name(row: Row) -> str:
+    """Of the model."""
+    return str(row["model_id"]).rpartition("-")[0]
+
+
+def _labels(row: Row) -> dict[str, Any]:
+    columns = ("status", "error_kind", "width", "height", "num_detections", "max_score", "detections")
+    return {column: row[column] for column in columns}
 
 
 def _checkpoints() -> Iterator[tuple[str, bytes, str]]:

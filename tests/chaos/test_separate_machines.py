@@ -151,7 +151,7 @@ def test_labelling_goes_on_when_machines_are_cut_off_lose_power_and_come(
     summary = site.summary(site.masklake("relabel", *job.argv()[1:]))
     (part,) = summary["passes"]
     assert (summary["status"], part["images"], part["removed"]) == ("up_to_date", len(more), 3)
-    current = current_labels(lake, site.storage).dataset().read_all()
+    current = current_labels(lake, site.storage).reader().read_all()
     assert current.num_rows == 24 - 3 + len(more)
     assert {row["shard"] for row in current.to_pylist()} & {"later.tar", Path(gone).name} == {"later.tar"}
 

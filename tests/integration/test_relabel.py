@@ -72,7 +72,7 @@ class Lake:
         return run_relabel(self.spec(*overrides), JsonWatcher())
 
     def current(self) -> pa.Table:
-        return current_labels(self.uri, self.storage).dataset().read_all().sort_by("image_id")
+        return current_labels(self.uri, self.storage).reader().read_all().sort_by("image_id")
 
     def table(self) -> LabelsTable:
         return LabelsTable.open(self.uri, self.storage)

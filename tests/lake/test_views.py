@@ -4,6 +4,7 @@ import os
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pytest
@@ -17,6 +18,7 @@ from jobs.lake.views import CurrentLabels, count_missing, current_labels, curren
 from schemas.errors import UsageError
 from schemas.labels import LABEL_SCHEMA
 
+ROOT = Path(__file__).parents[2]
 A, B = "lite-aaaaaaaaaaaa", "lite-bbbbbbbbbbbb"
 SOURCE, OTHER = "s3://photos/2026", "s3://it's/2027"
 
@@ -37,7 +39,7 @@ def keys(labels: CurrentLabels) -> list[tuple[str, str, str]]:
 def test_an_empty_table_has_empty_views(table: LabelsTable, lake: str, storage: Storage) -> None:
     labels = current_labels(lake, storage)
     assert labels.models == {}
-    assert labels.dataset().read_all().equals(LABEL_SCHEMA.empty_table())
+    assert labels.reader().read_all().equals(LABEL_SCHEMA.empty_table())
     for view in ("labels", "all_labels", "detections"):
         assert labels.connect().sql(f"SELECT count(*) FROM {view}").fetchall() == [(0,)]
 
@@ -97,6 +99,24 @@ def test_images_that_are_gone_are_not_missing(
     assert count_missing(table, OTHER, A, B) == 1
 
 
+def test_what_the_new_model_says_is_gone_or_knows_in_an_earlier_content_only_is_missing(
+    table: LabelsTable, storage: Storage, make_rows: MakeRows, add_labels: AddLabels
+) -> None:
+    def with_content(content: bytes, model_id: str, at_us: int) -> pa.Table:
+        rows = make_rows(["b"], model_id, at_us=at_us)
+        place = rows.schema.get_field_index("content_hash")
+        return rows.set_column(place, rows.schema.field(place), pa.array([content.ljust(16)], pa.binary(16)))
+
+    add_labels(table, storage, make_rows(["a"], A, at_us=1), with_content(b"new", A, 2))
+    add_labels(table, storage, make_rows(["a"], B, at_us=1), with_content(b"old", B, 1))
+    assert count_missing(table, SOURCE, A, B) == 1
+    assert count_missing(table, SOURCE, B, A) == 0  # A knows more than B
+    add_labels(table, storage, make_rows(["a"], B, at_us=2, removed=["a"]))
+    assert count_missing(table, SOURCE, A, B) == 2
+    add_labels(table, storage, with_content(b"new", B, 3), make_rows(["a"], B, at_us=3))
+    assert count_missing(table, SOURCE, A, B) == 0
+
+
 def test_several_models_and_no_promotion_are_refused_by_name(
     table: LabelsTable, lake: str, storage: Storage, make_rows: MakeRows, add_labels: AddLabels
 ) -> None:
@@ -113,7 +133,7 @@ def test_the_rows_come_as_labels_with_every_column(
 ) -> None:
     rows = make_rows(["a", "b", "c"], A, failed={"b": "corrupt"}, at_us=1_234_567_890_123_456)
     add_labels(table, storage, rows)
-    found = current_labels(lake, storage).dataset().read_all()
+    found = current_labels(lake, storage).reader().read_all()
     assert found.schema.equals(LABEL_SCHEMA)
     assert found.sort_by("image_id").equals(rows)
 
@@ -133,6 +153,19 @@ def test_each_detection_is_a_row(
     ]
     assert found.columns[6:] == ["category_id", "score", "x0", "y0", "x1", "y1", "area", "rle"]
     assert connection.sql("SELECT count(*) FROM all_labels").fetchall() == [(3,)]
+
+
+def test_the_documented_example_runs(
+    table: LabelsTable, lake: str, storage: Storage, make_rows: MakeRows, add_labels: AddLabels
+) -> None:
+    add_labels(table, storage, make_rows(["a", "b"], A, at_us=1), make_rows(["a"], A, at_us=2, removed=["a"]))
+    section = (ROOT / "docs/relabel.md").read_text().partition("\n## Reading\n")[2].partition("\n## ")[0]
+    lines = [line[4:] for line in section.splitlines() if line.startswith("    ")]
+    names: dict[str, Any] = {}
+    exec("\n".join(lines).replace("s3://bucket/lake", lake), names)
+    assert names["images"]["image_id"].to_pylist() == []  # the score of all is 0.75
+    assert sorted(names["counts"]) == [(1, 1), (3, 1)]
+    assert names["batch"].num_rows == 1
 
 
 def test_a_query_for_one_image_opens_no_other_file(
@@ -159,7 +192,7 @@ def test_a_time_names_the_version_that_was_the_newest_then(
         os.utime(log / f"{version:020}.json", (moment, moment))
 
     def count(at: datetime) -> int:
-        return current_labels(lake, storage, at=at).dataset().read_all().num_rows
+        return current_labels(lake, storage, at=at).reader().read_all().num_rows
 
     assert count(start + timedelta(days=1)) == 1
     assert count(start + timedelta(days=1, hours=23)) == 1
@@ -179,5 +212,5 @@ def test_the_views_work_on_s3(
     table = LabelsTable.open_or_create(lake, storage)
     add_labels(table, storage, make_rows(["a", "b"], A, at_us=1), make_rows(["x"], A))
     add_labels(table, storage, make_rows(["a"], A, at_us=2, removed=["a"]))
-    rows = current_labels(lake, storage).dataset().read_all().sort_by("image_id")
+    rows = current_labels(lake, storage).reader().read_all().sort_by("image_id")
     assert rows["image_id"].to_pylist() == ["b", "x"]

@@ -63,6 +63,10 @@ def test_the_preview_says_what_a_change_of_the_clocks_does(spec_file: str) -> No
     assert "clocks change" not in stderr
 
 
+def test_kubernetes_is_what_a_schedule_is_for_by_itself(spec_file: str) -> None:
+    assert run(spec_file, *CLUSTER) == run(spec_file, "--for", "kubernetes", *CLUSTER)
+
+
 @pytest.mark.parametrize("target", ["crontab", "airflow", "dagster"])
 def test_snippets_name_the_spec_by_its_whole_path(
     target: str, spec_file: str, monkeypatch: pytest.MonkeyPatch
@@ -88,6 +92,7 @@ def test_json_holds_the_text_and_the_runs(target: Target, spec_file: str) -> Non
     ("arguments", "wanted"),
     [
         (["--for", "kubernetes"], "wants --image"),
+        ([], "--for kubernetes wants --image: an image with masklake and Ray"),
         (["--for", "crontab", "--image", "x"], "--image is for kubernetes and raycronjob"),
         (["--for", "airflow", "--workers", "2"], "--workers is for kubernetes and raycronjob"),
         (["--for", "dagster", "--secret", "x"], "--secret is for kubernetes and raycronjob"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -160,6 +161,29 @@ def test_the_history_names_versions_people_and_reasons(lake: str) -> None:
     assert answer["history"][0]["before"] == "facades@1"
     text = run("history", "--lake", lake)
     assert text.index("ben") < text.index("ana")
+
+
+def test_the_history_names_who_moved_an_alias_and_why(lake: str) -> None:
+    storage = Storage(StorageSpec())
+    registry = ModelRegistry(lake, storage)
+    moments = (datetime(2026, 11, day, tzinfo=UTC) for day in (22, 23))
+    for alias, weights, why in (("trial", b"1", "it is new"), ("champion", b"2", "AP 0.41")):
+        version = registry.register("facades", weights, weights.hex() * 32)
+        Aliases(lake, storage, lambda: next(moments)).move(alias, version, "ben", why)
+    newest, first = run_json("history", "--lake", lake)["aliases"]
+    assert newest == {
+        "alias": "champion",
+        "number": 1,
+        "model": "facades@2",
+        "by": "ben",
+        "why": "AP 0.41",
+        "at": "2026-11-23T00:00:00+00:00",
+    }
+    assert first["alias"] == "trial"
+    assert [line.split()[0] for line in run("history", "--lake", lake).splitlines()[-2:]] == [
+        "champion",
+        "trial",
+    ]
 
 
 def test_a_lake_without_promotions_says_so(tmp_path: Path) -> None:

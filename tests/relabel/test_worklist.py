@@ -139,6 +139,41 @@ def test_what_is_wanted_most_comes_first_and_a_budget_cuts_the_rest(
         assert work.counts.by_reason[Reason.STALE] == 3
 
 
+def test_stale_images_come_newest_first_and_uncertainty_goes_before_that(
+    table: LabelsTable, storage: Storage, add_labels: AddLabels
+) -> None:
+    sure = rows(OLD, "a", at_us=3)
+    place = sure.schema.get_field_index("max_score")
+    sure = sure.set_column(place, sure.schema.field(place), pa.array([0.99], pa.float32()))
+    add_labels(table, storage, rows(OLD, "b", "c", at_us=1), rows(OLD, "d", at_us=2), sure)
+    add_labels(table, storage, rows(OLD, "c", at_us=4))  # as one whose object was touched
+    listing = files(**dict.fromkeys("abcde", "v1"))
+    with open_worklist(listing, table, SOURCE, NEW, OLD) as work:
+        assert ids_of(list(work.tasks())) == ["e", "c", "a", "d", "b"]
+    with open_worklist(listing, table, SOURCE, NEW, OLD, order=OrderSpec(uncertain_first=True)) as work:
+        assert ids_of(list(work.tasks())) == ["e", "c", "d", "b", "a"]
+
+
+def test_stale_shards_come_newest_first_each_with_what_it_has(
+    table: LabelsTable, storage: Storage, add_labels: AddLabels
+) -> None:
+    names = ("x.tar", "y.tar", "z.tar")
+    for at_us, name in enumerate(names):
+        add_labels(table, storage, rows(OLD, "1", "2", shard=name, at_us=at_us))
+    add_labels(table, storage, rows(NEW, "2", shard="y.tar"))
+    shards = [tar(name, "v1") for name in (*names, "new.tar")]
+    known = {(name, "v1"): 2 for name in names}
+    with open_worklist(shards, table, SOURCE, NEW, OLD, current_index=known) as work:
+        tasks = [(task.shard.name, task.skip) for task in work.tasks()]
+    nothing: frozenset[str] = frozenset()
+    assert tasks == [
+        ("new.tar", nothing),
+        ("z.tar", nothing),
+        ("y.tar", frozenset({"y.tar/2"})),
+        ("x.tar", nothing),
+    ]
+
+
 def test_a_shard_that_was_read_whole_is_fresh_until_it_changes(
     table: LabelsTable, storage: Storage, add_labels: AddLabels
 ) -> None:
