@@ -4,6 +4,7 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -139,6 +140,35 @@ def test_an_address_without_a_cluster_is_refused_at_once(address: str, message: 
     with pytest.raises(UsageError) as caught:
         connect(address)
     assert message in str(caught.value)
+
+
+@pytest.mark.usefixtures("unconnected")
+@pytest.mark.parametrize("says", [b"HTTP/1.1 400 Bad Request\r\n\r\n", b"", None])
+def test_a_port_that_is_not_a_head_s_is_refused_and_not_waited_for(
+    monkeypatch: pytest.MonkeyPatch, says: bytes | None
+) -> None:
+    """It answers as a dashboard does, hangs up, or says nothing."""
+    monkeypatch.setattr(session, "_PROBE_TIMEOUT_S", 0.5)
+    with socket.create_server(("127.0.0.2", 0)) as server:
+
+        def answer() -> None:
+            peer, _ = server.accept()
+            with peer:
+                peer.recv(100)
+                if says is None:
+                    peer.recv(1)  # until the other side gives up
+                else:
+                    peer.sendall(says)
+
+        answering = threading.Thread(target=answer)
+        answering.start()
+        port = server.getsockname()[1]
+        with pytest.raises(
+            UsageError, match=rf"127.0.0.2:{port} answers, but not as a cluster's head"
+        ) as caught:
+            connect(f"127.0.0.2:{port}")
+        answering.join()
+    assert "wanted its port (6379), not the dashboard's (8265)" in str(caught.value)
 
 
 @pytest.mark.usefixtures("unconnected")
