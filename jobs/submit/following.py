@@ -54,7 +54,9 @@ def wait_for(api: JobsApi, submission_id: str, note: Note, *, follow: bool) -> O
             try:
                 job = waiting.until_ended()
             except KeyboardInterrupt:
-                note(f"asking job {submission_id} to stop after its next commit; Ctrl-C again leaves it alone.")
+                note(
+                    f"asking job {submission_id} to stop after its next commit; Ctrl-C again leaves it alone."
+                )
                 try:
                     note(ask_to_stop(api, submission_id))
                 except UsageError as error:

@@ -128,7 +128,9 @@ def test_a_dashboard_that_is_away_when_ctrl_c_comes_does_not_end_the_wait() -> N
     away = ClusterUnreachableError("the head does not answer")
     outcome, notes = wait(ScriptedApi(KeyboardInterrupt(), away, "RUNNING", "SUCCEEDED"))
     assert outcome.exit_code == 0
-    assert notes[1] == "the head does not answer; the wait goes on, and `masklake jobs stop infer-1` asks again"
+    assert (
+        notes[1] == "the head does not answer; the wait goes on, and `masklake jobs stop infer-1` asks again"
+    )
 
 
 def test_sigterm_asks_the_job_to_stop_as_ctrl_c_does() -> None:
