@@ -12,9 +12,9 @@ from cluster.growing import NoRoomError
 from schemas.errors import UsageError
 from schemas.specs import PoolSpec
 
-# A unit of 64 MB takes 0.1 to 0.3 s of a core to read from a tar, 0.2 to 1.4 s as 512 files (disk, S3 over
+# A unit of 64 MB takes 0.1 to 0.3 s of a core to read from a tar, 0.2 to 1.5 s as 512 files (disk, S3 over
 # HTTP), and its rows 0.01 s to write (benchmarks/stage_cpus.py). An actor has a unit for some 10 s, so what
-# feeds one takes 0.01 to 0.14 of a core, and a read task that is booked at 0.4 feeds three at the least. Less
+# feeds one takes 0.01 to 0.15 of a core, and a read task that is booked at 0.4 feeds two at the least. Less
 # would let more of them run at once, each with a unit in memory. Odd figures, because Ray Data fuses a task
 # with an actor that asks for the same, and then the actor does the reading.
 READ_CPUS = 0.4
