@@ -44,6 +44,24 @@ def test_a_local_cluster_keeps_token_authentication(local_ray: ClusterInfo) -> N
     assert os.environ["RAY_AUTH_MODE"] == "token"
 
 
+_ASK_ITS_BOOKS = """
+import sys
+from ray._raylet import GcsClient
+print(len(GcsClient(address=sys.argv[1]).get_all_node_info(timeout=20)))
+"""
+
+
+def test_a_local_cluster_s_books_are_shut_without_its_token(local_ray: ClusterInfo) -> None:
+    def ask(**environment: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-c", _ASK_ITS_BOOKS, ray.get_runtime_context().gcs_address]
+        return subprocess.run(command, env=os.environ | environment, capture_output=True, text=True)
+
+    assert ask().stdout == "1\n"
+    refused = ask(RAY_AUTH_MODE="disabled")
+    assert refused.returncode != 0
+    assert "AuthenticationError" in refused.stderr
+
+
 def test_a_connected_process_stays_with_its_cluster(local_ray: ClusterInfo) -> None:
     again = connect()
     assert not again.started_here
