@@ -19,6 +19,7 @@ from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR
 from ray._private.services import resolve_ip_for_localhost
 from ray.exceptions import AuthenticationError
 
+from cluster.node_images import check_nodes
 from cluster.ray_settings import RAY_SETTINGS
 from schemas.errors import UsageError
 
@@ -72,7 +73,8 @@ def connect(address: str | None = None, num_cpus: int | None = None) -> ClusterI
         num_cpus: CPUs of a local one; None: all of this machine's. A cluster that is joined has its own.
 
     Raises:
-        UsageError: no such cluster, no token for it, or another version of Ray or Python.
+        UsageError: no such cluster, no token for it, another version of Ray or Python, or a node with
+            another masklake.
     """
     global _open_connects
     started_here = False
@@ -168,6 +170,11 @@ def _join(address: str) -> None:
             ) from error
         reason = text.splitlines()[-1] if "Traceback" in text else text
         raise UsageError(f"cannot join the Ray cluster at {address}: {reason}") from error
+    try:
+        check_nodes()
+    except UsageError:
+        ray.shutdown()
+        raise
 
 
 def _probe(address: str) -> None:
