@@ -29,6 +29,8 @@ GCP_PROJECT = "example-project"
 GCP_SERVICE_ACCOUNT = f"masklake-job@{GCP_PROJECT}.iam.gserviceaccount.com"
 _IMAGE = f"registry.example/masklake:{version('masklake')}"
 _NIGHT_S = 6 * 3600
+# A first run over a lake, or a training, takes as long as it takes; one that is ended so has no other try.
+_LONGEST_S = 7 * 86400
 
 
 @dataclass(frozen=True)
@@ -97,7 +99,7 @@ def cluster(job: str, cloud: Cloud, *, queue: str | None = None) -> RayCluster:
         allowed_uris=(*read_uris(cloud), *write_uris(cloud)),
         queue=queue,
         retries=3,
-        deadline_s=_NIGHT_S,
+        deadline_s=_NIGHT_S if job == "relabel" else _LONGEST_S,
         keep_s=600,
     )
 

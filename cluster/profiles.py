@@ -12,9 +12,11 @@ from cluster.growing import NoRoomError
 from schemas.errors import UsageError
 from schemas.specs import PoolSpec
 
-# A read task waits for storage and hashes what it reads, a write task compresses rows: neither fills a core.
-# Odd figures, because Ray Data fuses a task with an actor that asks for the same, and then the actor does the
-# reading.
+# A unit of 64 MB takes 0.1 to 0.3 s of a core to read from a tar, 0.2 to 1.5 s as 512 files (disk, S3 over
+# HTTP), and its rows 0.01 s to write (benchmarks/stage_cpus.py). An actor has a unit for some 10 s, so what
+# feeds one takes 0.01 to 0.15 of a core, and a read task that is booked at 0.4 feeds two at the least. Less
+# would let more of them run at once, each with a unit in memory. Odd figures, because Ray Data fuses a task
+# with an actor that asks for the same, and then the actor does the reading.
 READ_CPUS = 0.4
 WRITE_CPUS = 0.2
 
@@ -28,7 +30,8 @@ _ROUNDING = 1e-6  # of sums of hundredths
 # work.
 TASKS_IN_FLIGHT = 2
 
-# A node that has to be brought first, for minutes of its price, gets so many units of about 10 s.
+# Not measured, a choice: a node that has to be brought first, for minutes of its price, gets so many units of
+# about 10 s, or is not worth it.
 _UNITS_FOR_A_NODE = 4
 
 # About 10 s of an actor's work: progress, commits and lost work stay fine-grained. On a GPU the 64 MB of a
@@ -41,7 +44,7 @@ _CPU_MAX_IMAGES_RESNET = 4
 # one GPU takes. On CPUs the convolutions use them: two an actor halve the replicas in memory.
 _MOST_CPUS_PER_GPU_ACTOR = 8.0
 _CPUS_PER_CPU_ACTOR = 2.0
-# Not measured: convolutions of one image gain little from more.
+# Not measured, no machine here has more cores than two: taken as where convolutions of one image gain little.
 _MOST_THREADS = 8
 
 
@@ -160,14 +163,17 @@ def _cpus_per_actor(
     most = _MOST_CPUS_PER_GPU_ACTOR if "GPU" in special else _CPUS_PER_CPU_ACTOR
     places = sum(_places(node, special) for node in nodes)
     wanted = places if pool.max_actors is None else min(places, pool.max_actors)
-    # Where no node has CPUs to spare, as much as the largest has.
-    best, best_room = min(most, max((node.get("CPU", 0.0) for node in nodes), default=0.0)) or most, 0
+    largest = max((node.get("CPU", 0.0) for node in nodes), default=0.0)
+    best, best_room = 0.0, 0
     for cpus, room in fitting(range(round(most * 100), 0, -1)):
         if room >= wanted:
             return cpus
         if room > best_room:
             best, best_room = cpus, room
-    return best
+    # No such amount leaves each node its room: more, so that those that cannot keep it get no actors. Where
+    # no node has CPUs to spare, as much as the largest has.
+    more = (cpus for cpus, _ in fitting(range(round(most * 100) + 1, round(largest * 100) + 1)))
+    return best or next(more, min(most, largest) or most)
 
 
 def _places(node: Mapping[str, float], special: Mapping[str, float]) -> int:

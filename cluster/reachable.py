@@ -1,7 +1,7 @@
 """Whether a spec's places can be seen from another machine.
 
 Enters: the content of a spec file that its model took. Leaves: nothing, or a UsageError that names the first
-place which is a path of this machine.
+place which is a path of this machine, or of a scheme that no job reads.
 """
 
 from collections.abc import Iterator, Mapping
@@ -11,6 +11,7 @@ from schemas.errors import UsageError
 from schemas.spec_problems import show
 
 _PRESETS = ("demo", "lite", "r50_fpn", "r50_fpn_v2", "r101_fpn")  # names of models, not places
+_OBJECT_STORAGE = ("s3://", "gs://")
 _LOCATIONS = (
     ("source", "uri"),
     ("model", "uri"),
@@ -23,7 +24,7 @@ _LOCATIONS = (
 
 
 def check_reachable(spec: Mapping[str, Any], who: str, *, shared_disks: bool) -> None:
-    """Refuse paths of this machine.
+    """Refuse paths of this machine, and schemes that no job on a cluster reads.
 
     Args:
         who: that is to read the places: "no pod", "no node".
@@ -31,7 +32,7 @@ def check_reachable(spec: Mapping[str, Any], who: str, *, shared_disks: bool) ->
             it.
 
     Raises:
-        UsageError: a place is a path.
+        UsageError: a place is a path, or neither object storage nor a shared disk.
     """
     for where, uri in _places(spec):
         if where == "model.uri" and (uri in _PRESETS or uri.startswith(("alias:", "registry:"))):
@@ -43,6 +44,11 @@ def check_reachable(spec: Mapping[str, Any], who: str, *, shared_disks: bool) ->
             raise UsageError(
                 f"{where} {show(uri)} is a path of this machine, which {who} sees: wanted object storage "
                 f"such as s3://bucket/prefix{or_disk}"
+            )
+        if not is_shared and not place.startswith(_OBJECT_STORAGE):
+            raise UsageError(
+                f"{where}: {place.partition('://')[0]}:// is not read on a cluster, wanted object storage: "
+                "s3://bucket/prefix or gs://bucket/prefix"
             )
 
 

@@ -19,10 +19,16 @@ from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR
 from ray._private.services import resolve_ip_for_localhost
 from ray.exceptions import AuthenticationError
 
+from cluster.node_images import check_nodes
 from cluster.ray_settings import RAY_SETTINGS
 from schemas.errors import UsageError
 
 _PROBE_TIMEOUT_S = 5.0
+# How a client of HTTP/2 begins, gRPC among them: the preface, and an empty frame of SETTINGS (RFC 9113, 3.4).
+# A server answers with a frame of its own settings; the type stands in the fourth byte of nine.
+_HTTP2_HELLO = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])
+_HTTP2_FRAME_BYTES = 9
+_HTTP2_SETTINGS = 4
 # Ray Data's own tasks ask for a whole CPU, and an actor needs room beside one. CPUs are bookkeeping: on one
 # core the two take turns.
 _MIN_LOCAL_CPUS = 2
@@ -67,7 +73,8 @@ def connect(address: str | None = None, num_cpus: int | None = None) -> ClusterI
         num_cpus: CPUs of a local one; None: all of this machine's. A cluster that is joined has its own.
 
     Raises:
-        UsageError: no such cluster, no token for it, or another version of Ray or Python.
+        UsageError: no such cluster, no token for it, another version of Ray or Python, or a node with
+            another masklake.
     """
     global _open_connects
     started_here = False
@@ -163,6 +170,11 @@ def _join(address: str) -> None:
             ) from error
         reason = text.splitlines()[-1] if "Traceback" in text else text
         raise UsageError(f"cannot join the Ray cluster at {address}: {reason}") from error
+    try:
+        check_nodes()
+    except UsageError:
+        ray.shutdown()
+        raise
 
 
 def _probe(address: str) -> None:
@@ -180,12 +192,33 @@ def _probe(address: str) -> None:
     # For localhost Ray takes this machine's own address, where an embedded cluster does not listen.
     asked = resolve_ip_for_localhost(host.strip("[]"))
     try:
-        socket.create_connection((asked, int(port)), timeout=_PROBE_TIMEOUT_S).close()
+        connection = socket.create_connection((asked, int(port)), timeout=_PROBE_TIMEOUT_S)
     except OSError as error:
         raise UsageError(
             f"no Ray cluster answers at {asked}:{port}: {error.strerror or error}; give another --address or "
             "RAY_ADDRESS, or neither to run on this machine"
         ) from None
+    with connection:
+        # Under TLS it would have to be greeted with the certificates that Ray alone knows how to find.
+        if os.environ.get("RAY_USE_TLS", "0").lower() in ("0", "false") and not _speaks_grpc(connection):
+            raise UsageError(
+                f"{asked}:{port} answers, but not as a cluster's head: wanted its port (6379), not the "
+                "dashboard's (8265); give another --address or RAY_ADDRESS, or neither to run on this machine"
+            )
+
+
+def _speaks_grpc(connection: socket.socket) -> bool:
+    """Whether the other side greets as a server of gRPC does; False too if it says nothing for a while."""
+    frame = b""
+    try:
+        connection.sendall(_HTTP2_HELLO)
+        while len(frame) < _HTTP2_FRAME_BYTES:
+            if not (more := connection.recv(_HTTP2_FRAME_BYTES - len(frame))):
+                return False
+            frame += more
+    except OSError:
+        return False
+    return frame[3] == _HTTP2_SETTINGS
 
 
 @contextmanager

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from cluster.growing import NoRoomError
 from schemas.train_spec import TrainSpec
 
-# Decoding and augmenting a photograph takes some 10 ms of a core; that a GPU takes 20 to 40 of them a second
-# is a guess: none was measured here.
-_MOST_CPUS_PER_GPU_WORKER = 12
+# Decoding and augmenting a photograph takes some 10 ms of a core, so four cores feed 400 a second: ten times
+# what a GPU is taken to need (20 to 40 a second; not measured, there was none), and one of them drives it.
+_MOST_CPUS_PER_GPU_WORKER = 4
 # Without a GPU the step needs the cores; loading takes a few hundredths of its time.
 _LOADER_THREADS_ON_CPU = 1
 _ROUNDING = 1e-6  # of quotients

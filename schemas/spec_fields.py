@@ -15,6 +15,10 @@ from schemas.errors import UsageError
 from schemas.labels import ErrorKind
 from schemas.spec_problems import Wanted
 
+# What signed URLs of S3, Google and Azure have: whoever reads one may read, or write, what it names.
+SIGNATURE = re.compile(
+    r"[?&](x-(amz|goog)-[a-z-]+|awsaccesskeyid|googleaccessid|signature|sig)=", re.IGNORECASE
+)
 _BYTE_UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 
 
@@ -54,6 +58,8 @@ def _check_uri(uri: str) -> str:
         raise ValueError(
             f"({scheme}://…) holds credentials, which belong in the environment or a role: remove them"
         )
+    if SIGNATURE.search(uri):
+        raise ValueError("holds a signature, which would be stored with the spec: name bucket and key alone")
     return uri
 
 
@@ -61,6 +67,10 @@ def _check_endpoint(url: str) -> str:
     parts = urlsplit(_check_uri(url))
     if parts.scheme not in ("http", "https") or not parts.netloc:
         raise ValueError("is no endpoint, wanted http://HOST:PORT or https://HOST")
+    if "?" in url or "#" in url:
+        raise ValueError(
+            "has more behind the host than an endpoint has, wanted http://HOST:PORT or https://HOST"
+        )
     return url
 
 

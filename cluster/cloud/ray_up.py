@@ -107,7 +107,7 @@ def ray_up_config(
             "image": cluster.image,
             "container_name": "masklake",
             "pull_before_run": True,
-            "run_options": [*_RUN_OPTIONS, *_allowed(cluster)],
+            "run_options": [*_RUN_OPTIONS, *_limits(cluster)],
         },
         "head_node_type": _HEAD,
         "available_node_types": {
@@ -130,10 +130,8 @@ def ray_up_config(
     }
 
 
-def _allowed(cluster: RayCluster) -> list[str]:
-    if not cluster.allowed_uris:
-        return []
-    return [f"--env {shlex.quote('MASKLAKE_ALLOWED_URIS=' + ' '.join(cluster.allowed_uris))}"]
+def _limits(cluster: RayCluster) -> list[str]:
+    return [f"--env {shlex.quote(f'{name}={value}')}" for name, value in cluster.limits.items()]
 
 
 def _worker_type(node: NodeType, cluster: RayCluster) -> dict[str, Any]:

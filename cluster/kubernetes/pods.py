@@ -9,8 +9,6 @@ its container; the token is mounted into that container alone, so that the drive
 use it.
 """
 
-from collections.abc import Sequence
-
 from cluster.kubernetes.pools import Pool, RayCluster
 from cluster.kubernetes.spec_map import MOUNT, spec_file, volume
 from cluster.kubernetes.yaml_text import Manifest
@@ -99,7 +97,7 @@ def _ray_pod(name: str, pool: Pool, cluster: RayCluster) -> Manifest:
     container: Manifest = {
         "name": name,
         "image": cluster.image_of(pool),
-        "env": _environment(cluster.allowed_uris),
+        "env": _environment(cluster),
         "resources": resources(pool.cpu, pool.memory, pool.gpus),
         "securityContext": CONTAINER_SECURITY,
     }
@@ -116,9 +114,7 @@ def _ray_pod(name: str, pool: Pool, cluster: RayCluster) -> Manifest:
     return {"metadata": {"labels": labels(cluster)}, "spec": pod}
 
 
-def _environment(allowed_uris: Sequence[str]) -> list[Manifest]:
+def _environment(cluster: RayCluster) -> list[Manifest]:
     # Ray drains for 30 s when its pod is to end, all that Kubernetes leaves it; Google leaves spot pods half.
-    variables = RAY_SETTINGS | {"RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "10"}
-    if allowed_uris:
-        variables["MASKLAKE_ALLOWED_URIS"] = " ".join(allowed_uris)
+    variables = RAY_SETTINGS | {"RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "10"} | cluster.limits
     return [{"name": name, "value": value} for name, value in variables.items()]

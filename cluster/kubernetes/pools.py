@@ -112,6 +112,8 @@ class RayCluster:
         service_account: of head and workers; None: the namespace's default.
         allowed_uris: prefixes that a spec may reach (MASKLAKE_ALLOWED_URIS); none: what a submitted job may
             by default.
+        allowed_endpoints: of S3, that a spec may name as storage.endpoint_url (MASKLAKE_ALLOWED_ENDPOINTS);
+            a store of one's own is reached so. None: those of the nodes' own environment.
         queue: Kueue's LocalQueue; the cluster is then of fixed size.
         deadline_s: a try that takes longer is ended, and there is no other; the next run goes on.
         retries: further tries after a failure, each on a new cluster.
@@ -127,6 +129,7 @@ class RayCluster:
     secrets: Sequence[str] = ()
     service_account: str | None = None
     allowed_uris: Sequence[str] = ()
+    allowed_endpoints: Sequence[str] = ()
     queue: str | None = None
     deadline_s: int = 86400
     retries: int = 0
@@ -152,12 +155,24 @@ class RayCluster:
                 raise UsageError(
                     f"allowed prefix {show(prefix)} is no URI, wanted such as s3://bucket/photos/"
                 )
+        for endpoint in self.allowed_endpoints:
+            if not re.fullmatch(r"https?://[^\s/?#@]+/?", endpoint):
+                raise UsageError("--allow-endpoint is no endpoint, wanted http://HOST:PORT or https://HOST")
         names = [pool.name for pool in self.pools]
         # Kueue counts at most 8 kinds of pods: head, submitter and these.
         if not 1 <= len(names) <= 6 or len({"head", *names}) != len(names) + 1:
             raise UsageError(f"pools {', '.join(names)}: wanted 1 to 6, with names of their own and not head")
         if self.retries < 0 or self.keep_s < 0 or self.deadline_s < 1:
             raise UsageError("retries and keep_s are 0 or more, deadline_s is 1 or more")
+
+    @property
+    def limits(self) -> dict[str, str]:
+        """What a spec may reach, as environment variables of head and workers."""
+        lists = {
+            "MASKLAKE_ALLOWED_URIS": self.allowed_uris,
+            "MASKLAKE_ALLOWED_ENDPOINTS": self.allowed_endpoints,
+        }
+        return {name: " ".join(listed) for name, listed in lists.items() if listed}
 
     @property
     def is_fixed(self) -> bool:

@@ -21,7 +21,8 @@ from cluster.monitoring.queries import (
     oldest,
 )
 
-RUNBOOK = "docs/runbook.md"
+# Where docs/runbook.md is served; a pager opens it, so it is the whole address. Put in your own.
+RUNBOOK = "https://docs.example/masklake/runbook.md"
 NO_COMMIT_S = 900
 _SPILLED_BYTES = 10 * 2**30
 
@@ -53,7 +54,7 @@ class Alert:
             "expr": self.expr,
             "for": self.holds,
             "labels": {"severity": self.severity},
-            "annotations": {"summary": self.summary, "runbook": f"{RUNBOOK}#{self.anchor}"},
+            "annotations": {"summary": self.summary, "runbook_url": f"{RUNBOOK}#{self.anchor}"},
         }
 
 

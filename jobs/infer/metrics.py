@@ -47,7 +47,6 @@ class RunMetrics:
         self._recorder = self._find()
         self._budget = job.spec.failures.budget
         self._recorder.set(metrics.RUN_INFO, 1, run_id=job.run_id, command="infer", model_id=job.model_id)
-        self._recorder.set(metrics.LAST_COMMIT, self._clock())
         ends: tuple[type[BaseException], ...] = (KeyboardInterrupt, *interruptions)
         status = "failed"
         try:
@@ -61,6 +60,10 @@ class RunMetrics:
             raise
         finally:
             self._recorder.add(metrics.RUNS_ENDED, 1, run_id=job.run_id, command="infer", status=status)
+
+    def begun(self) -> None:
+        """There is room to work, for which a run may have waited: commits are to come from now on."""
+        self._recorder.set(metrics.LAST_COMMIT, self._clock())
 
     def took(self, summary: Summary) -> None:
         """A unit is in the books."""

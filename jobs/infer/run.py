@@ -205,6 +205,7 @@ class _Run:
 
     def _work_on(self, cluster: ClusterInfo, tasks: Tasks) -> None:
         pool = self._pool(cluster)
+        self.metrics.begun()
         self.summary.shards = len(tasks)
         self.summary.actors = pool.room
         self.watcher.start(len(tasks), tasks.num_bytes)

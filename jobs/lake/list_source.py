@@ -16,12 +16,10 @@ from jobs.lake.parquet_source import check_plain, open_parquet
 from jobs.lake.shards import ImageIds, Shard
 from jobs.lake.storage import ObjectInfo, Storage
 from schemas.errors import UsageError
+from schemas.spec_fields import SIGNATURE
 
 URI_COLUMN = "uri"
-# user:password@host, host:port, and what signed URLs of S3, Google and Azure have.
-_SECRETS = re.compile(
-    r"^[a-z0-9+.-]+://[^/]*[@:]|[?&](x-amz-[a-z]+|x-goog-[a-z]+|signature|sig)=", re.IGNORECASE
-)
+_CREDENTIALS = re.compile(r"^[a-z0-9+.-]+://[^/]*[@:]", re.IGNORECASE)  # user:password@host, host:port
 
 
 def list_slices(info: ObjectInfo, storage: Storage, slice_images: int) -> Iterator[Shard]:
@@ -79,7 +77,7 @@ def _texts(batches: Iterator[pa.RecordBatch], info: ObjectInfo) -> Iterator[str]
         for uri in batch.column(0).to_pylist():
             if not isinstance(uri, str) or not uri.strip():
                 raise UsageError(f"list {info.uri}: row {row} has no URI ({uri!r}); remove the row")
-            if _SECRETS.search(uri):
+            if _CREDENTIALS.search(uri) or SIGNATURE.search(uri):
                 raise UsageError(
                     f"list {info.uri}: row {row} holds credentials or a signature, which would stand in the "
                     "label table as the image's id; name bucket and key alone"

@@ -44,7 +44,8 @@ _METADATA_NETWORKS = tuple(
     )
 )
 _METADATA_NAMES = ("metadata.google.internal", "metadata.goog", "metadata", "instance-data")
-_NAT64 = ipaddress.ip_network("64:ff9b::/96")  # an IPv4 address in the last 32 bits
+# An IPv4 address in the last 32 bits: the compatible form, NAT64's (RFC 6052; RFC 8215, local), SIIT's.
+_HOLD_IPV4 = tuple(map(ipaddress.IPv6Network, ("::/96", "64:ff9b::/96", "64:ff9b:1::/48", "::ffff:0:0:0/96")))
 
 
 @dataclass(frozen=True)
@@ -134,7 +135,7 @@ def is_metadata_address(address: str) -> bool:
     ip = ipaddress.ip_address(address.partition("%")[0])
     if isinstance(ip, ipaddress.IPv6Address):
         inner = ip.ipv4_mapped or ip.sixtofour
-        if ip in _NAT64:
+        if any(ip in network for network in _HOLD_IPV4):
             inner = ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)
         ip = inner or ip
     return any(ip in network for network in _METADATA_NETWORKS)
@@ -195,6 +196,8 @@ def _split_endpoint(url: str, where: str) -> SplitResult:
         is_endpoint = False
     if not is_endpoint:
         raise UsageError(f"{where} is no endpoint, wanted http://HOST:PORT or https://HOST")
+    if "?" in url or "#" in url:
+        raise UsageError(f"{where} has more behind the host than an endpoint has, wanted http://HOST:PORT")
     if "@" in parts.netloc:
         raise UsageError(f"{where} holds credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY")
     return parts

@@ -12,7 +12,20 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from schemas.durations import parse_duration
+from jobs.cluster_options import (
+    DEADLINE,
+    AllowedEndpoints,
+    ClusterOptions,
+    Image,
+    Namespace,
+    Secrets,
+    ServiceAccount,
+    WorkerCpu,
+    WorkerGpus,
+    WorkerMemory,
+    Workers,
+    deadline_seconds,
+)
 from schemas.errors import UsageError
 
 if TYPE_CHECKING:
@@ -51,17 +64,16 @@ def schedule(
     timezone: Annotated[str, typer.Option(help="IANA time zone of --cron")] = "UTC",
     target: Annotated[Target, typer.Option("--for", help="what starts the runs")] = Target.KUBERNETES,
     name: Annotated[str, typer.Option(help="of the schedule; one for each")] = "masklake-relabel",
-    deadline: Annotated[str, typer.Option(help="a run that takes longer is ended: 90m, 24h, …")] = "24h",
-    image: Annotated[str | None, typer.Option(help="cluster: image with masklake and Ray")] = None,
-    namespace: Annotated[str | None, typer.Option(help="cluster: namespace (default)")] = None,
-    secret: Annotated[
-        list[str] | None, typer.Option(help="cluster: Secret that becomes environment variables; repeatable")
-    ] = None,
-    service_account: Annotated[str | None, typer.Option(help="cluster: of the Ray pods")] = None,
-    workers: Annotated[int | None, typer.Option(min=1, help="cluster: worker pods (1)")] = None,
-    worker_cpu: Annotated[str | None, typer.Option(help="cluster: of each worker (4)")] = None,
-    worker_memory: Annotated[str | None, typer.Option(help="cluster: of each worker (16Gi)")] = None,
-    worker_gpus: Annotated[int | None, typer.Option(min=0, help="cluster: of each worker (0)")] = None,
+    deadline: Annotated[str, typer.Option(help="a run that takes longer is ended: 90m, 24h, …")] = DEADLINE,
+    image: Image = None,
+    namespace: Namespace = None,
+    secret: Secrets = None,
+    service_account: ServiceAccount = None,
+    allow_endpoint: AllowedEndpoints = None,
+    workers: Workers = None,
+    worker_cpu: WorkerCpu = None,
+    worker_memory: WorkerMemory = None,
+    worker_gpus: WorkerGpus = None,
     as_json: Annotated[
         bool,
         typer.Option("--json", help="print text and next runs as one JSON object, the last line of stdout"),
@@ -78,20 +90,18 @@ def schedule(
     budget_s = parse_spec(RelabelSpec, spec, str(spec_file)).budget.time_s
     parsed = CronSchedule.parse(cron, timezone)
     check_name(name)
-    cluster_options = {
-        "image": image,
-        "namespace": namespace,
-        "secrets": tuple(secret) if secret else None,
-        "service_account": service_account,
-        "num_workers": workers,
-        "worker_cpu": worker_cpu,
-        "worker_memory": worker_memory,
-        "worker_gpus": worker_gpus,
-    }
-    given = {key: value for key, value in cluster_options.items() if value is not None}
-    deadline_s = int(parse_duration(deadline))
-    if deadline_s < 60:
-        raise UsageError(f"--deadline {deadline} is less than a minute, in which no run does anything")
+    options = ClusterOptions(
+        image,
+        namespace,
+        secret,
+        service_account,
+        allow_endpoint,
+        workers,
+        worker_cpu,
+        worker_memory,
+        worker_gpus,
+    )
+    deadline_s = deadline_seconds(deadline)
     if budget_s is not None and budget_s >= deadline_s:
         raise UsageError(
             f"--deadline {deadline} ends a run before its budget.time_s of {budget_s:g} s does, and not "
@@ -99,11 +109,12 @@ def schedule(
         )
     now = datetime.now(UTC)
     if target.is_cluster:
-        text = _manifests(target, parsed, _cluster(target, name, deadline_s, given), spec)
-    elif given:
+        # A night that failed is left to the next one.
+        cluster = options.cluster(name, deadline_s, retries=0, wanted_by=f"--for {target}")
+        text = _manifests(target, parsed, cluster, spec)
+    elif given := options.first_given():
         raise UsageError(
-            f"{_flag(next(iter(given)))} is for kubernetes and raycronjob; --for {target} runs on the "
-            "scheduler's own machine"
+            f"{given} is for kubernetes and raycronjob; --for {target} runs on the scheduler's own machine"
         )
     else:
         text = _snippet(target, parsed, name, spec_file, now, deadline_s)
@@ -114,22 +125,6 @@ def schedule(
         return
     print(text, end="")
     print(_preview_text(target, parsed, runs, changes), file=sys.stderr)
-
-
-def _cluster(target: Target, name: str, deadline_s: int, given: Mapping[str, Any]) -> RayCluster:
-    from cluster.kubernetes.pools import Pool, RayCluster
-
-    if "image" not in given:
-        raise UsageError(
-            f"--for {target} wants --image: an image with masklake and Ray that its nodes can pull; "
-            "without a cluster, --for crontab needs none"
-        )
-    number = given.get("num_workers", 1)
-    size = {key: given[f"worker_{key}"] for key in ("cpu", "memory", "gpus") if f"worker_{key}" in given}
-    workers = Pool("workers", min_nodes=number, max_nodes=number, **size)
-    of_cluster = {key: given[key] for key in ("image", "secrets", "service_account") if key in given}
-    namespace = given.get("namespace", "default")
-    return RayCluster(name, namespace, pools=(workers,), deadline_s=deadline_s, **of_cluster)
 
 
 def _manifests(target: Target, parsed: CronSchedule, cluster: RayCluster, spec: Mapping[str, Any]) -> str:
@@ -178,8 +173,3 @@ def _preview_text(
             f"clocks change: {change.wall:%Y-%m-%d %H:%M} {what}. Another hour, or UTC, is undisturbed"
         )
     return "\n".join(lines)
-
-
-def _flag(option: str) -> str:
-    names = {"num_workers": "--workers", "secrets": "--secret"}
-    return names.get(option, f"--{option.replace('_', '-')}")

@@ -10,13 +10,31 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from jobs.cluster_options import (
+    DEADLINE,
+    AllowedEndpoints,
+    ClusterOptions,
+    Image,
+    Namespace,
+    Secrets,
+    ServiceAccount,
+    WorkerCpu,
+    WorkerGpus,
+    WorkerMemory,
+    Workers,
+    deadline_seconds,
+)
 from schemas.errors import UsageError
 
 if TYPE_CHECKING:
     from ray.job_submission import JobDetails
 
     from cluster.jobs_api import JobsApi
+    from cluster.kubernetes.pools import RayCluster
     from jobs.submit.outcome import Outcome
+
+# Each a new cluster that goes on from the last commit, as in cluster/examples.py.
+_RETRIES = 3
 
 app = typer.Typer(name="jobs", help="Jobs on a cluster: list, status, logs, stop.", no_args_is_help=True)
 
@@ -67,30 +85,54 @@ def submit(
         typer.Option("--env", help="NAME=VALUE of the driver and its workers; no secrets; repeatable"),
     ] = [],  # noqa: B006 - likewise
     render: Annotated[Render | None, typer.Option(help="print a manifest instead, and send nothing")] = None,
-    image: Annotated[str | None, typer.Option(help="--render: image with masklake and Ray")] = None,
-    name: Annotated[str | None, typer.Option(help="--render: of the RayJob (masklake-JOB)")] = None,
-    namespace: Annotated[str | None, typer.Option(help="--render: of the RayJob (default)")] = None,
-    workers: Annotated[int | None, typer.Option(min=1, help="--render: worker pods (1)")] = None,
-    worker_gpus: Annotated[int | None, typer.Option(min=0, help="--render: GPUs of each (0)")] = None,
+    name: Annotated[str | None, typer.Option(help="manifest: of the RayJob (masklake-JOB)")] = None,
+    deadline: Annotated[
+        str | None, typer.Option(help=f"manifest: a try that takes longer is ended ({DEADLINE})")
+    ] = None,
+    image: Image = None,
+    namespace: Namespace = None,
+    secret: Secrets = None,
+    service_account: ServiceAccount = None,
+    allow_endpoint: AllowedEndpoints = None,
+    workers: Workers = None,
+    worker_cpu: WorkerCpu = None,
+    worker_memory: WorkerMemory = None,
+    worker_gpus: WorkerGpus = None,
     as_json: Json = False,
 ) -> None:
     """Run infer, relabel or train on a cluster that is there: the same command, through Ray's Jobs API."""
     from jobs.submit.request import checked_spec, make_request, parse_variables
 
     spec = checked_spec(job.value, spec_file, overrides)
-    cluster = {
-        "image": image,
-        "name": name,
-        "namespace": namespace,
-        "workers": workers,
-        "worker-gpus": worker_gpus,
-    }
-    given = {key: value for key, value in cluster.items() if value is not None}
+    options = ClusterOptions(
+        image,
+        namespace,
+        secret,
+        service_account,
+        allow_endpoint,
+        workers,
+        worker_cpu,
+        worker_memory,
+        worker_gpus,
+    )
     if render is not None:
-        print(_ray_job(job.value, spec, given), end="")
+        sent = {"env": env, "submission-id": submission_id, "wait": wait, "follow": follow}
+        if of_sending := _first_given(sent | {"dry-run": dry_run, "json": as_json}):
+            raise UsageError(
+                f"--{of_sending} is of a job that is sent, and --render {render} sends none: leave it out; "
+                "variables of the pods come from a Secret (--secret)"
+            )
+        cluster = options.cluster(
+            name or f"masklake-{job}",
+            deadline_seconds(deadline or DEADLINE),
+            retries=_RETRIES,
+            wanted_by=f"--render {render}",
+        )
+        print(_ray_job(job.value, spec, cluster), end="")
         return
-    if given:
-        raise UsageError(f"--{next(iter(given))} is of a manifest: give it with --render kuberay")
+    of_manifest = _first_given({"name": name, "deadline": deadline})
+    if given := options.first_given() or (of_manifest and f"--{of_manifest}"):
+        raise UsageError(f"{given} is of a manifest: give it with --render kuberay")
     request = make_request(job.value, spec, parse_variables(env), submission_id)
     where = _needed(address)
     if dry_run:
@@ -172,19 +214,15 @@ def _open(address: str) -> JobsApi:
     return api
 
 
-def _ray_job(job: str, spec: dict[str, Any], given: dict[str, Any]) -> str:
-    from cluster.kubernetes.pools import Pool, RayCluster
+def _first_given(options: dict[str, Any]) -> str | None:
+    return next((name for name, value in options.items() if value), None)
+
+
+def _ray_job(job: str, spec: dict[str, Any], cluster: RayCluster) -> str:
     from cluster.kubernetes.ray_job import ray_job_manifests
     from cluster.kubernetes.yaml_text import to_yaml
 
-    if "image" not in given:
-        raise UsageError(
-            "--render kuberay wants --image: an image with masklake and Ray that the nodes can pull"
-        )
-    number = given.get("workers", 1)
-    pool = Pool("workers", gpus=given.get("worker-gpus", 0), min_nodes=number, max_nodes=number)
-    name, namespace = given.get("name", f"masklake-{job}"), given.get("namespace", "default")
-    return to_yaml(ray_job_manifests(job, RayCluster(name, namespace, given["image"], pools=(pool,)), spec))
+    return to_yaml(ray_job_manifests(job, cluster, spec))
 
 
 def _print_submitted(api: JobsApi, submission_id: str, as_json: bool) -> None:

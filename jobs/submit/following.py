@@ -8,17 +8,19 @@ from __future__ import annotations
 import asyncio
 import re
 import secrets
+import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import aiohttp
 from ray.job_submission import JobDetails, JobStatus
 
 from cluster.jobs_api import ClusterUnreachableError, JobsApi
 from jobs.submit.outcome import JobFailedError, Outcome, outcome_of
-from schemas.errors import UsageError
+from schemas.errors import MasklakeError, UsageError
 
 _POLL_S = 1.0
 _RECONNECT_S = 2.0
@@ -35,6 +37,8 @@ Note = Callable[[str], None]
 def wait_for(api: JobsApi, submission_id: str, note: Note, *, follow: bool) -> Outcome:
     """Wait until a job has ended; the first Ctrl-C asks it to stop, the second leaves it alone.
 
+    SIGTERM, with which schedulers end what they started, does the same.
+
     Args:
         note: is told what is worth a line, besides the log.
         follow: print the log as it comes.
@@ -46,15 +50,20 @@ def wait_for(api: JobsApi, submission_id: str, note: Note, *, follow: bool) -> O
     tail = _Tail(api, submission_id) if follow else None
     waiting = _Waiting(api, submission_id, note)
     try:
-        try:
-            job = waiting.until_ended()
-        except KeyboardInterrupt:
-            note(f"asking job {submission_id} to stop after its next commit; Ctrl-C again leaves it alone.")
+        with _sigterm_interrupts():
             try:
-                note(ask_to_stop(api, submission_id))
-            except UsageError as error:
-                note(str(error))
-            job = waiting.until_ended()
+                job = waiting.until_ended()
+            except KeyboardInterrupt:
+                note(
+                    f"asking job {submission_id} to stop after its next commit; Ctrl-C again leaves it alone."
+                )
+                try:
+                    note(ask_to_stop(api, submission_id))
+                except UsageError as error:
+                    note(str(error))
+                except MasklakeError as error:
+                    note(f"{error}; the wait goes on, and `masklake jobs stop {submission_id}` asks again")
+                job = waiting.until_ended()
     except KeyboardInterrupt:
         if tail is not None:
             tail.be_silent()
@@ -66,6 +75,19 @@ def wait_for(api: JobsApi, submission_id: str, note: Note, *, follow: bool) -> O
     if tail is not None:
         tail.finish()
     return outcome_of(job, _log(api, submission_id))
+
+
+@contextmanager
+def _sigterm_interrupts() -> Iterator[None]:
+    """SIGTERM as Ctrl-C; only the main thread of a process can take either."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
 
 
 def ask_to_stop(api: JobsApi, submission_id: str) -> str:

@@ -29,7 +29,8 @@ JOB_KEY = "masklake"  # in the metadata: the job's name
 MAX_SPEC_BYTES = 120_000
 
 _SECRET = re.compile(
-    r"SECRET|TOKEN(?!IZER)|PASSW|CREDENTIAL|PRIVATE|CONNECTION_STRING|(ACCESS|API|ACCOUNT)_?KEY|(^|_)(SAS|PAT|PWD)(_|$)"
+    r"SECRET|TOKEN(?!IZER)|PASSW|PASSPHRASE|CREDENTIAL|PRIVATE|CONNECTION_STRING|(ACCESS|API|ACCOUNT)_?KEY"
+    r"|PASS(_|$)|_KEY$|(^|_)(SAS|PAT|PWD|AUTH)(_|$)"
 )
 _OPERATORS = re.compile(r"MASKLAKE_.*|RAY_.*|AWS_ENDPOINT_URL.*")
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")

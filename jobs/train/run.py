@@ -334,7 +334,7 @@ class _Driver:
         """Of the images of a step, counted from 0; none where a set cannot be had."""
         order = self.record.image_order(self.spec.recipe.seed)
         try:
-            sets = [fetch_data_file(file, _data_folder(), self.storage) for file in self.record.sets]
+            sets = [fetch_data_file(file, None, self.storage) for file in self.record.sets]
         except MasklakeError:
             return []
         images = self.recipe.total_batch

@@ -186,7 +186,12 @@ def network() -> Iterator[Network]:
 
 
 def why_not() -> str | None:
-    """What this machine lacks for others to run on it; None: nothing."""
+    """What this machine lacks for others to run on it; None: nothing.
+
+    Under CI=true nothing is lacking that may be: the tests run, and fail.
+    """
+    if os.environ.get("CI") == "true":
+        return None
     if os.geteuid() != 0:
         return "network namespaces want root"
     missing = [tool for tool in ("ip", "unshare", "nsenter") if shutil.which(tool) is None]

@@ -238,6 +238,31 @@ def test_a_run_waits_for_the_nodes_that_it_wants_and_grows_with_those_that_come(
     assert judge(read_table(job.lake, disk), list(images.values())) == []
 
 
+def test_an_actor_that_has_no_more_work_goes_while_another_still_has(
+    one_node: RayCluster, tmp_path: Path, disk: Storage
+) -> None:
+    """Its CPUs, or its GPU, are free before the run ends."""
+    images = make_images(41)
+    first, *others = images
+    shards = {"short.tar": [first], "long.tar": others}
+    packed = {
+        name: make_source("tar", {key: images[key] for key in keys}, num_shards=1).popitem()[1]
+        for name, keys in shards.items()
+    }
+    source = write_source(tmp_path / "images", packed)
+    slow = ("model.min_size_px=512", "model.max_size_px=640")
+    job = Job(source, str(tmp_path / "lake"), max_images=40, every_images=1, settings=(*TWO_ACTORS, *slow))
+    driver = one_node.driver(job)
+    (node,) = one_node.nodes
+    assert wait_until(lambda: len(node.workers(ACTORS)) == 2, driver), driver.stderr
+    assert wait_until(lambda: len(node.workers(ACTORS)) == 1, driver), "both stayed until the end"
+    assert driver.runs
+    assert len(read_table(job.lake, disk).rows) < len(images)
+    ended = driver.wait(DRIVER_TIMEOUT_S)
+    assert ended.status == 0, ended.stderr
+    assert judge(read_table(job.lake, disk), list(images.values())) == []
+
+
 def test_a_lost_head_ends_the_run_and_the_rerun_on_another_cluster_finishes(
     reference: Reference, tmp_path: Path, disk: Storage
 ) -> None:

@@ -79,10 +79,10 @@ def test_the_parser_refuses_what_is_no_promql() -> None:
 
 
 def test_every_alert_has_its_section_in_the_runbook_and_every_section_its_alert() -> None:
-    text = (ROOT / RUNBOOK).read_text()
+    text = (ROOT / "docs/runbook.md").read_text()
     sections = re.findall(r"^### (Masklake\w+)$", text, re.MULTILINE)
     assert sorted(sections) == sorted(alert.name for alert in ALERTS)
-    assert {rule["annotations"]["runbook"] for rule in rule_groups()["groups"][0]["rules"]} == {
+    assert {rule["annotations"]["runbook_url"] for rule in rule_groups()["groups"][0]["rules"]} == {
         f"{RUNBOOK}#{section.lower()}" for section in sections
     }
 
@@ -280,4 +280,4 @@ def _texts(alert: Any, series: dict[str, str]) -> dict[str, str]:
     text = alert.summary
     for label, value in _kept(alert, series).items():
         text = text.replace(f"{{{{ $labels.{label} }}}}", value)
-    return {"summary": text, "runbook": f"{RUNBOOK}#{alert.anchor}"}
+    return {"summary": text, "runbook_url": f"{RUNBOOK}#{alert.anchor}"}

@@ -30,6 +30,8 @@ CLUSTER = RayCluster("nightly", "vision", "registry.example/masklake:1")
         ("queue", "Team"),
         ("allowed_uris", ("photos/",)),
         ("allowed_uris", ("s3://a b",)),
+        ("allowed_endpoints", ("ceph:7480",)),
+        ("allowed_endpoints", ("https://me:hush@ceph",)),
         ("pools", ()),
         ("pools", (Pool("a"), Pool("a"))),
         ("pools", (Pool("head"),)),

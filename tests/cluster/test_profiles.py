@@ -3,7 +3,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from cluster.growing import NoRoomError
@@ -148,6 +148,7 @@ def test_a_head_without_cpus_has_no_actors() -> None:
     gpus=st.integers(0, 16),
     preset=st.sampled_from(["lite", "r50_fpn"]),
 )
+@example(nodes=[2, 3, 11, 15, 42], gpus=0, preset="lite")  # nothing up to two CPUs leaves all of them room
 def test_whichever_nodes_are_lost_the_others_can_read_and_write(
     nodes: list[int], gpus: int, preset: str
 ) -> None:

@@ -129,6 +129,15 @@ def test_what_a_spec_may_reach_is_said_to_head_and_workers() -> None:
         assert {"name": "MASKLAKE_ALLOWED_URIS", "value": "s3://a/photos s3://lake"} in variables
 
 
+def test_a_store_of_ones_own_is_allowed_to_head_and_workers() -> None:
+    own = replace(SMALL, allowed_endpoints=("http://ceph.storage:7480", "https://minio.example"))
+    made = ray_job("infer", own)["rayClusterSpec"]
+    for group in (made["headGroupSpec"], *made["workerGroupSpecs"]):
+        variables = group["template"]["spec"]["containers"][0]["env"]
+        value = "http://ceph.storage:7480 https://minio.example"
+        assert {"name": "MASKLAKE_ALLOWED_ENDPOINTS", "value": value} in variables
+
+
 def test_a_queue_admits_the_whole_cluster_and_starts_it() -> None:
     queued = replace(SMALL, queue="team", pools=(Pool("gpu", gpus=1, min_nodes=0, max_nodes=4),))
     _, made = ray_job_manifests("infer", queued, spec("infer", AWS))

@@ -4,6 +4,7 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -41,6 +42,24 @@ def test_a_local_cluster_listens_on_the_loopback_only(local_ray: ClusterInfo) ->
 
 def test_a_local_cluster_keeps_token_authentication(local_ray: ClusterInfo) -> None:
     assert os.environ["RAY_AUTH_MODE"] == "token"
+
+
+_ASK_ITS_BOOKS = """
+import sys
+from ray._raylet import GcsClient
+print(len(GcsClient(address=sys.argv[1]).get_all_node_info(timeout=20)))
+"""
+
+
+def test_a_local_cluster_s_books_are_shut_without_its_token(local_ray: ClusterInfo) -> None:
+    def ask(**environment: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-c", _ASK_ITS_BOOKS, ray.get_runtime_context().gcs_address]
+        return subprocess.run(command, env=os.environ | environment, capture_output=True, text=True)
+
+    assert ask().stdout == "1\n"
+    refused = ask(RAY_AUTH_MODE="disabled")
+    assert refused.returncode != 0
+    assert "AuthenticationError" in refused.stderr
 
 
 def test_a_connected_process_stays_with_its_cluster(local_ray: ClusterInfo) -> None:
@@ -139,6 +158,35 @@ def test_an_address_without_a_cluster_is_refused_at_once(address: str, message: 
     with pytest.raises(UsageError) as caught:
         connect(address)
     assert message in str(caught.value)
+
+
+@pytest.mark.usefixtures("unconnected")
+@pytest.mark.parametrize("says", [b"HTTP/1.1 400 Bad Request\r\n\r\n", b"", None])
+def test_a_port_that_is_not_a_head_s_is_refused_and_not_waited_for(
+    monkeypatch: pytest.MonkeyPatch, says: bytes | None
+) -> None:
+    """It answers as a dashboard does, hangs up, or says nothing."""
+    monkeypatch.setattr(session, "_PROBE_TIMEOUT_S", 0.5)
+    with socket.create_server(("127.0.0.2", 0)) as server:
+
+        def answer() -> None:
+            peer, _ = server.accept()
+            with peer:
+                peer.recv(100)
+                if says is None:
+                    peer.recv(1)  # until the other side gives up
+                else:
+                    peer.sendall(says)
+
+        answering = threading.Thread(target=answer)
+        answering.start()
+        port = server.getsockname()[1]
+        with pytest.raises(
+            UsageError, match=rf"127.0.0.2:{port} answers, but not as a cluster's head"
+        ) as caught:
+            connect(f"127.0.0.2:{port}")
+        answering.join()
+    assert "wanted its port (6379), not the dashboard's (8265)" in str(caught.value)
 
 
 @pytest.mark.usefixtures("unconnected")

@@ -31,9 +31,9 @@ def cluster(num_cpus: float, num_gpus: float = 0, num_nodes: int = 1) -> Cluster
     [
         (cluster(2), {}, TrainPlan(1, 1, False, 2.0, 2, 1)),
         (cluster(2), {"num_workers": 4}, TrainPlan(4, 4, False, 0.5, 1, 1)),
-        (cluster(64, 8), {"num_workers": 8}, TrainPlan(8, 8, True, 8.0, 8, 8)),
-        (cluster(64, 8), {"num_workers": "2..8"}, TrainPlan(2, 8, True, 8.0, 8, 8)),
-        (cluster(192, 8), {"num_workers": 8}, TrainPlan(8, 8, True, 12.0, 12, 12)),
+        (cluster(64, 8), {"num_workers": 8}, TrainPlan(8, 8, True, 4.0, 4, 4)),
+        (cluster(64, 8), {"num_workers": "2..8"}, TrainPlan(2, 8, True, 4.0, 4, 4)),
+        (cluster(192, 8), {"num_workers": 8}, TrainPlan(8, 8, True, 4.0, 4, 4)),
         (cluster(64, 8), {"num_workers": 2, "use_gpu": False}, TrainPlan(2, 2, False, 32.0, 32, 1)),
         (cluster(32, 0, 4), {"num_workers": 2}, TrainPlan(2, 2, False, 8.0, 8, 1)),
         (cluster(8), {"cpus_per_worker": 3, "loader_threads": 2}, TrainPlan(1, 1, False, 3.0, 3, 2)),
@@ -62,7 +62,7 @@ def test_workers_that_would_never_start_are_refused(scaling: dict[str, object], 
 
 def test_a_worker_fits_on_one_node() -> None:
     nodes = [{"CPU": 64.0}, {"CPU": 7.0, "GPU": 1.0}, {"CPU": 7.0, "GPU": 1.0}]
-    assert train_plan(nodes, spec(num_workers="1..2")) == TrainPlan(1, 2, True, 7.0, 7, 7)
+    assert train_plan(nodes, spec(num_workers="1..2")) == TrainPlan(1, 2, True, 4.0, 4, 4)
     assert train_plan([{"CPU": 7.0}, {"CPU": 1.0}], spec(num_workers=2)).cpus_per_worker == 3
     with pytest.raises(NoRoomError, match="2 workers of 8 CPUs and a GPU, and the nodes, the largest of 64"):
         train_plan(nodes, spec(num_workers=2, cpus_per_worker=8))

@@ -62,6 +62,9 @@ def test_images_are_counted_at_commits_once_each_by_status_and_kind() -> None:
     books, summary = Books(), Summary("infer-1", "lite-ab", "s", "l")
     run = RunMetrics(lambda: books, clock=iter([100.0, 160.0, 220.0]).__next__)
     with run.running(job()):
+        # None yet: a run that waits for nodes is not late with its commits.
+        assert not any("last_commit" in name for name, *_ in books.gauges)
+        run.begun()
         summary.add(unit(4, 9, truncated=1))
         run.took(summary)
         assert books.of(metrics.IMAGES) == {}

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from types_boto3_s3.client import S3Client
 
 _RGW_SCRIPT = Path(__file__).with_name("rgw.sh")
+# Of RGW's second user, `job`, who may do only what a bucket's policy says.
+RGW_JOB_KEYS = {"AWS_ACCESS_KEY_ID": "masklake-job", "AWS_SECRET_ACCESS_KEY": "the-job-s-own"}
 
 
 @dataclass(frozen=True)
@@ -101,7 +103,7 @@ def rgw_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
     port, mon_port = free_ports(2)
     keys = (os.environ["AWS_ACCESS_KEY_ID"], os.environ["AWS_SECRET_ACCESS_KEY"])
     with subprocess.Popen(
-        [_RGW_SCRIPT, folder, str(port), str(mon_port), *keys],
+        [_RGW_SCRIPT, folder, str(port), str(mon_port), *keys, *RGW_JOB_KEYS.values()],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
@@ -128,7 +130,7 @@ def s3_bucket(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[
     Workers of `local_ray` were started before: give them the endpoint as the spec's storage.endpoint_url.
     """
     monkeypatch.setenv("AWS_ENDPOINT_URL", s3_server.endpoint_url)
-    with _fresh_bucket(s3_server) as bucket:
+    with fresh_bucket(s3_server) as bucket:
         yield bucket
 
 
@@ -144,7 +146,7 @@ def photo_storage(
         yield str, StorageSpec()
         return
     server: S3Server = request.getfixturevalue(f"{request.param}_server")
-    with _fresh_bucket(server) as bucket:
+    with fresh_bucket(server) as bucket:
 
         def place(folder: Path) -> str:
             bucket.upload(folder, prefix=f"{folder.name}/")
@@ -154,7 +156,8 @@ def photo_storage(
 
 
 @contextmanager
-def _fresh_bucket(server: S3Server) -> Iterator[S3Bucket]:
+def fresh_bucket(server: S3Server) -> Iterator[S3Bucket]:
+    """Gone afterwards, with all that is in it."""
     bucket = S3Bucket(f"tests-{uuid.uuid4().hex[:12]}", server, server.client())
     bucket.client.create_bucket(Bucket=bucket.name)
     yield bucket

@@ -1,14 +1,17 @@
 #!/usr/bin/env bash
 # One node of Ceph with its S3 gateway on the loopback, in memory: a real S3 server for tests.
 #
-#   rgw.sh FOLDER PORT MON_PORT ACCESS_KEY SECRET_KEY
+#   rgw.sh FOLDER PORT MON_PORT ACCESS_KEY SECRET_KEY JOB_ACCESS_KEY JOB_SECRET_KEY
+#
+# The first keys are of the user `test`, who owns the buckets that it makes. Those of `job` own nothing and may do
+# what a bucket's policy says.
 #
 # Prints "ready" when http://127.0.0.1:PORT answers, and stops everything when its standard input ends, which it
 # does too when whoever started it is killed. FOLDER holds configuration and logs; Debian's packages radosgw,
 # ceph-mon and ceph-osd must be installed. Objects live in at most 512 MB of memory and end with the server.
 set -euo pipefail
 
-folder=$1 port=$2 mon_port=$3 access_key=$4 secret_key=$5
+folder=$1 port=$2 mon_port=$3 access_key=$4 secret_key=$5 job_access_key=$6 job_secret_key=$7
 mkdir -p "$folder"/{mon,osd,run,log}
 fsid=$(cat /proc/sys/kernel/random/uuid)
 export CEPH_CONF=$folder/ceph.conf
@@ -105,5 +108,7 @@ for ((i = 0; i < 480; i++)); do
 done
 persist radosgw-admin user create --uid=test --display-name=test \
     --access-key="$access_key" --secret-key="$secret_key"
+persist radosgw-admin user create --uid=job --display-name=job --max-buckets=-1 \
+    --access-key="$job_access_key" --secret-key="$job_secret_key"
 echo ready
 cat >/dev/null

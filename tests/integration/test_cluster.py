@@ -10,6 +10,8 @@ import signal
 import subprocess
 import sys
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +29,9 @@ from jobs.lake.labels_table import LabelsTable
 from jobs.lake.storage import Storage
 from jobs.submit.request import MAX_SPEC_BYTES, checked_spec, make_request
 from schemas.specs import StorageSpec
+from tests.chaos.ray_cluster import descendants
 from tests.integration.conftest import free_ports
+from tests.security.test_credentials import KEY, SECRET, TOKEN
 from tests.submit.tls_relay import localhost_certificate, tls_relay
 
 pytestmark = pytest.mark.slow
@@ -42,10 +46,15 @@ BIN = Path(sys.executable).parent
 
 @dataclass(frozen=True)
 class RunningCluster:
-    """A head with a dashboard and two more raylets on loopback, two CPUs each, behind a token."""
+    """A head with a dashboard and two more raylets on loopback, two CPUs each, behind a token.
+
+    Attributes:
+        agent: of the head, which starts the jobs that the dashboard takes.
+    """
 
     address: str
     dashboard: str
+    agent: str
     env: dict[str, str]
 
 
@@ -57,6 +66,10 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningCluster
     port, dashboard = free_ports(2)
     env = {
         **os.environ,
+        # No job here needs them; whatever Ray writes down is searched for them at the end.
+        "AWS_ACCESS_KEY_ID": KEY,
+        "AWS_SECRET_ACCESS_KEY": SECRET,
+        "AWS_SESSION_TOKEN": TOKEN,
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": str(token),
         **RAY_SETTINGS,
@@ -77,8 +90,10 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningCluster
     ]
     processes: list[subprocess.Popen[bytes]] = []
 
-    def start(*options: str) -> None:
-        """Start a raylet and wait until it runs: several at once time out on a busy machine."""
+    def start(*options: str) -> int:
+        """Start a raylet and wait until it runs, for several at once time out on a busy machine; gives its
+        agent's port.
+        """
         (agent_port,) = free_ports(1)  # the default is taken where another Ray runs, and no job is taken then
         agent = f"--dashboard-agent-listen-port={agent_port}"
         command = [str(BIN / "ray"), "start", *options, agent, *common]
@@ -90,17 +105,47 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningCluster
             assert process.poll() is None, Path(log.name).read_text()
             assert time.monotonic() < deadline, f"a raylet does not start: {log.name}"
             time.sleep(0.2)
+        return agent_port
 
-    start(*head)
+    agent = start(*head)
     for _ in range(NUM_RAYLETS - 1):
         start(f"--address=127.0.0.1:{port}")
+    started = RunningCluster(
+        f"127.0.0.1:{port}", f"http://127.0.0.1:{dashboard}", f"http://127.0.0.1:{agent}", env
+    )
     try:
-        yield RunningCluster(f"127.0.0.1:{port}", f"http://127.0.0.1:{dashboard}", env)
+        yield started
+        records = ask(f"{started.dashboard}/api/jobs/", token.read_text())[1]
+        commands = [line for process in processes for line in descendants(process.pid).values()]
+        written = [folder / "session_latest" / "logs", tmp_path_factory.getbasetemp()]
+        check_no_credential_stands_in([records, *(line.encode() for line in commands)], written)
     finally:
         for process in reversed(processes):
             process.terminate()  # `ray start --block` takes its own raylet down with it
         for process in processes:
             process.wait(60)
+
+
+def ask(url: str, token: str | None, body: dict[str, str] | None = None) -> tuple[int, bytes]:
+    """Status and content of a GET, with a body of a POST, as a stranger would send it."""
+    request = urllib.request.Request(url, None if body is None else json.dumps(body).encode())
+    request.add_header("Content-Type", "application/json")
+    if token is not None:
+        request.add_header("Authorization", f"Bearer {token}")
+    try:
+        with urllib.request.urlopen(request, timeout=30) as answer:
+            return answer.status, answer.read()
+    except urllib.error.HTTPError as refused:
+        return refused.code, refused.read()
+
+
+def check_no_credential_stands_in(texts: list[bytes], folders: list[Path]) -> None:
+    assert len(texts) > 2 * NUM_RAYLETS, "no process was looked at"
+    files = [path for folder in folders for path in folder.rglob("*") if path.is_file()]
+    assert any("job-driver" in path.name for path in files), "no log of a job was looked at"
+    for secret in (KEY, SECRET, TOKEN):
+        assert [text[:200] for text in texts if secret.encode() in text] == []
+        assert [str(path) for path in files if secret.encode() in path.read_bytes()] == []
 
 
 def spec_file(folder: Path, num_images: int) -> Path:
@@ -159,13 +204,26 @@ def test_a_job_submitted_over_tls_runs_over_all_raylets_and_commits_every_image(
     assert json.loads(outcome)["summary"]["run_id"] == summary["run_id"]
 
 
-def test_without_its_token_the_cluster_takes_no_job(cluster: RunningCluster) -> None:
+def test_without_its_token_the_cluster_takes_no_job(cluster: RunningCluster, tmp_path: Path) -> None:
     refused = masklake(cluster, "jobs", "list", RAY_AUTH_TOKEN="f" * 64)
     assert refused.returncode == 2
     assert "takes another token than ours. Set RAY_AUTH_MODE=token" in refused.stderr
     open_door = masklake(cluster, "jobs", "list", RAY_AUTH_MODE="disabled")
     assert open_door.returncode == 2
     assert "wants a token" in open_door.stderr
+
+    for path in (f"{cluster.dashboard}/api/jobs/", f"{cluster.agent}/api/job_agent/jobs/"):
+        for token, status in ((None, 401), ("f" * 64, 403)):
+            stranger = {"entrypoint": f"touch {tmp_path}/was-here", "submission_id": "stranger"}
+            assert ask(path, token, stranger)[0] == status, path
+    for path in ("/nodes?view=summary", "/api/jobs/", "/api/v0/actors"):
+        assert ask(cluster.dashboard + path, None)[0] == 401, path
+        assert ask(cluster.dashboard + path, "f" * 64)[0] == 403, path
+    own = Path(cluster.env["RAY_AUTH_TOKEN_PATH"]).read_text()
+    status, records = ask(f"{cluster.dashboard}/api/jobs/", own)
+    assert status == 200
+    assert b"stranger" not in records
+    assert not (tmp_path / "was-here").exists()
 
 
 @pytest.mark.timeout(900)

@@ -235,6 +235,24 @@ def test_what_is_scraped_in_a_training_is_what_its_log_says(cluster: RayCluster,
     assert total(after, metrics.RUNS_ENDED)[run_id, "train", "done"] == 1
 
 
+def test_a_node_of_another_masklake_is_refused_in_one_line(shrinking: RayCluster, tmp_path: Path) -> None:
+    other = tmp_path / "site" / "masklake-0.0.9.dist-info"
+    other.mkdir(parents=True)
+    (other / "METADATA").write_text("Metadata-Version: 2.1\nName: masklake\nVersion: 0.0.9\n")
+    own_path = shrinking.env["PYTHONPATH"]
+    shrinking.env["PYTHONPATH"] = f"{other.parent}:{own_path}"
+    try:
+        _, node = added_node(shrinking)
+    finally:
+        shrinking.env["PYTHONPATH"] = own_path
+    job = Job(write_source(tmp_path / "images", make_images(1)), str(tmp_path / "lake"))
+    refused = shrinking.driver(job).wait()
+    node.process.terminate()
+    node.process.wait(60)
+    refused.check_clear_end(2)
+    assert f"node {shrinking.host} has masklake 0.0.9, and here is masklake" in refused.last_line
+
+
 @pytest.mark.chaos
 def test_a_node_that_is_drained_in_a_training_costs_it_few_steps(
     shrinking: RayCluster, tmp_path: Path

@@ -266,6 +266,9 @@ class TestEndpoints:
             "fd00:ec2::254",
             "fd00:ec2::23",
             "100.100.100.200",
+            "::169.254.169.254",
+            "64:ff9b:1::a9fe:a9fe",
+            "::ffff:0:169.254.169.254",
         ],
     )
     def test_a_metadata_address_is_known_in_each_of_its_forms(self, address: str) -> None:
@@ -330,7 +333,7 @@ class TestEndpoints:
             "http://s3.internal.example",
             "https://s3.internal.example:444",
             "https://s3.internal.example.evil.example",
-            "https://evil.example/?https://s3.internal.example",
+            "https://evil.example/https://s3.internal.example",
             "http://127.0.0.1:9001",
         ):
             with pytest.raises(UsageError, match="requests to it are signed with this machine's credentials"):
@@ -338,6 +341,8 @@ class TestEndpoints:
         with pytest.raises(UsageError, match="holds credentials") as caught:
             policy.check_endpoint("https://user:hunter2@s3.internal.example", of_spec=True)
         assert "hunter2" not in str(caught.value)
+        with pytest.raises(UsageError, match="has more behind the host than an endpoint has"):
+            policy.check_endpoint("https://evil.example/?https://s3.internal.example", of_spec=True)
 
     def test_where_uris_are_limited_endpoints_are_too(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """The same bucket's name at another server is another place."""

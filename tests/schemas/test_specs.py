@@ -209,6 +209,30 @@ def test_credentials_in_a_uri_are_refused_and_never_repeated(override: str) -> N
 
 
 @pytest.mark.parametrize(
+    "override",
+    [
+        "source.uri=https://bucket.s3.amazonaws.com/1?X-Amz-Credential=AKIAKEY&X-Amz-Signature=x",
+        "source.uri=s3://bucket/x?X-Amz-Security-Token=AKIAKEY",
+        "model.uri=https://storage.googleapis.com/b/o?GoogleAccessId=AKIAKEY",
+        "lake.uri=https://account.blob.core.windows.net/c?sv=1&sig=AKIAKEY",
+        "storage.endpoint_url=https://host/?sig=AKIAKEY",
+    ],
+)
+def test_a_signed_url_is_refused_and_never_repeated(override: str) -> None:
+    with pytest.raises(UsageError, match="holds a signature") as caught:
+        load_spec(InferSpec, None, [override], **{k: v for k, v in URIS.items() if k not in override})
+    assert "AKIAKEY" not in str(caught.value)
+
+
+@pytest.mark.parametrize("url", ["https://host/?a=b", "https://host#x", "https://host?"])
+def test_an_endpoint_has_no_query_and_no_fragment(url: str) -> None:
+    with pytest.raises(
+        UsageError, match=r"storage\.endpoint_url has more behind the host than an endpoint has"
+    ):
+        from_overrides(f"storage.endpoint_url={url}")
+
+
+@pytest.mark.parametrize(
     "text",
     [
         "source: s3://AKIAKEY:s@bucket",

@@ -101,11 +101,38 @@ def test_a_manifest_is_printed_and_nothing_is_sent(tmp_path: Path) -> None:
     assert "masklake infer" in job["spec"]["entrypoint"]
 
 
-def test_what_is_of_a_manifest_is_not_ignored_without_one(tmp_path: Path) -> None:
-    done = masklake(
-        "submit", "infer", spec_file(tmp_path, INFER), "--image", "a/b:1", "--address", "http://head"
-    )
-    assert "--render kuberay" in str(done.exception)
+def test_a_manifest_has_the_options_that_a_schedule_has(tmp_path: Path) -> None:
+    words = ["--secret", "keys", "--service-account", "masklake", "--worker-cpu", "7", "--deadline", "3d"]
+    words += ["--worker-memory", "26Gi", "--allow-endpoint", "https://ceph.example"]
+    file = spec_file(tmp_path, INFER)
+    done = masklake("submit", "infer", file, "--render", "kuberay", "--image", "example/masklake:1", *words)
+    _, job = yaml.safe_load_all(done.stdout)
+    assert job["spec"]["activeDeadlineSeconds"] == 3 * 86400
+    # A node that is lost is not the end of it, and what failed can be looked at.
+    assert (job["spec"]["backoffLimit"], job["spec"]["ttlSecondsAfterFinished"]) == (3, 600)
+    (group,) = job["spec"]["rayClusterSpec"]["workerGroupSpecs"]
+    (worker,) = group["template"]["spec"]["containers"]
+    assert worker["resources"]["requests"] == {"cpu": "7", "memory": "26Gi"}
+    assert worker["envFrom"] == [{"secretRef": {"name": "keys"}}]
+    assert {"name": "MASKLAKE_ALLOWED_ENDPOINTS", "value": "https://ceph.example"} in worker["env"]
+    assert group["template"]["spec"]["serviceAccountName"] == "masklake"
+
+
+@pytest.mark.parametrize(
+    "words", [["--env", "A=b"], ["--submission-id", "a"], ["--wait"], ["--follow"], ["--dry-run"], ["--json"]]
+)
+def test_what_is_of_a_job_that_is_sent_is_not_ignored_with_a_manifest(
+    tmp_path: Path, words: list[str]
+) -> None:
+    file = spec_file(tmp_path, INFER)
+    done = masklake("submit", "infer", file, "--render", "kuberay", "--image", "a/b:1", *words)
+    assert f"{words[0]} is of a job that is sent, and --render kuberay sends none" in str(done.exception)
+
+
+@pytest.mark.parametrize("words", [["--image", "a/b:1"], ["--secret", "keys"], ["--deadline", "1h"]])
+def test_what_is_of_a_manifest_is_not_ignored_without_one(tmp_path: Path, words: list[str]) -> None:
+    done = masklake("submit", "infer", spec_file(tmp_path, INFER), "--address", "http://head", *words)
+    assert f"{words[0]} is of a manifest: give it with --render kuberay" in str(done.exception)
 
 
 def test_jobs_are_listed_and_shown_without_their_variables(dashboard: FakeDashboard) -> None:

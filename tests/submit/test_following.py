@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import os
+import signal
 import time
 from collections.abc import AsyncIterator, Iterator
 from typing import Any, cast
@@ -120,6 +122,35 @@ def test_a_wish_that_cannot_be_brought_is_told_and_the_job_is_followed_on() -> N
     outcome, notes = wait(api)
     assert outcome.exit_code == 0
     assert "has no actor that takes wishes" in notes[1]
+
+
+def test_a_dashboard_that_is_away_when_ctrl_c_comes_does_not_end_the_wait() -> None:
+    away = ClusterUnreachableError("the head does not answer")
+    outcome, notes = wait(ScriptedApi(KeyboardInterrupt(), away, "RUNNING", "SUCCEEDED"))
+    assert outcome.exit_code == 0
+    assert (
+        notes[1] == "the head does not answer; the wait goes on, and `masklake jobs stop infer-1` asks again"
+    )
+
+
+def test_sigterm_asks_the_job_to_stop_as_ctrl_c_does() -> None:
+    """A scheduler that cancels a run sends it."""
+    before = signal.getsignal(signal.SIGTERM)
+
+    class Terminated(ScriptedApi):
+        terms = 1
+
+        def job(self, submission_id: str) -> JobDetails:
+            if self.terms:
+                self.terms -= 1
+                os.kill(os.getpid(), signal.SIGTERM)
+            return super().job(submission_id)
+
+    api = Terminated("RUNNING", "RUNNING", "FAILED", code=1)
+    outcome, notes = wait(api)
+    assert api.submitted == ["python -m cluster.stop_wish infer-1"]
+    assert (outcome.exit_code, len(notes)) == (1, 2)
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 def stop(api: ScriptedApi) -> str:

@@ -55,6 +55,14 @@ def test_a_path_of_this_machine_is_refused(tmp_path: Path, place: str) -> None:
         checked_spec("infer", spec_file(tmp_path, INFER), [f"source.uri={place}"])
 
 
+@pytest.mark.parametrize("place", ["https://host/photos/", "memory://photos", "az://container/photos"])
+def test_a_scheme_that_no_job_reads_is_refused_before_anything_is_sent(tmp_path: Path, place: str) -> None:
+    with pytest.raises(
+        UsageError, match=r"source\.uri: \w+:// is not read on a cluster, wanted object storage"
+    ):
+        checked_spec("infer", spec_file(tmp_path, INFER), [f"source.uri={place}"])
+
+
 @pytest.mark.parametrize(
     ("override", "where"),
     [
@@ -110,6 +118,10 @@ def test_a_spec_too_large_for_a_variable_is_refused_by_its_size_as_sent() -> Non
         "aws_secret_access_key",
         "AZURE_STORAGE_CONNECTION_STRING",
         "GITHUB_PAT",
+        "SMTP_PASS",
+        "GPG_PASSPHRASE",
+        "SIGNING_KEY",
+        "BASIC_AUTH",
     ],
 )
 def test_a_secret_is_refused_by_its_name_and_not_repeated(name: str) -> None:
@@ -139,8 +151,9 @@ def test_what_is_no_variable_is_refused(pair: str) -> None:
 
 
 def test_other_variables_travel_whatever_their_values_hold() -> None:
-    pairs = ["AWS_REGION=eu-central-1", "A=b=c", "EMPTY=", "TOKENIZERS_PARALLELISM=false"]
+    pairs = ["AWS_REGION=eu-central-1", "A=b=c", "EMPTY=", "TOKENIZERS_PARALLELISM=false", "PASSES=2"]
     variables = {"AWS_REGION": "eu-central-1", "A": "b=c", "EMPTY": "", "TOKENIZERS_PARALLELISM": "false"}
+    variables["PASSES"] = "2"
     assert parse_variables(pairs) == variables
 
 
