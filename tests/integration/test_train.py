@@ -241,12 +241,14 @@ def test_a_killed_driver_is_taken_up_by_the_same_command_with_the_losses_of_an_u
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     driver = subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 240
-    while not list((tmp_path / "run/checkpoints").glob("step-0000001*")):
-        assert time.monotonic() < deadline
-        assert driver.poll() is None, "it ended before it could be killed"
-        time.sleep(0.05)
-    driver.kill()
-    driver.wait()
+    try:
+        while not list((tmp_path / "run/checkpoints").glob("step-0000001*")):
+            assert time.monotonic() < deadline
+            assert driver.poll() is None, "it ended before it could be killed"
+            time.sleep(0.05)
+    finally:
+        driver.kill()
+        driver.wait()
     ended = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300, check=False)
     assert ended.returncode == 0, ended.stderr
     summary = json.loads(ended.stdout.splitlines()[-1])
