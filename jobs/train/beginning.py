@@ -67,8 +67,9 @@ def _told_of_sizes(recipe: Recipe, config: MaskRCNNConfig) -> Iterator[str]:
     """A line where the model would label at another scale than it was trained at. Jitter has nearly all."""
     low, high = min(recipe.shorter_sides), max(recipe.shorter_sides)
     if recipe.canvas_px is None and not low <= config.min_size_px <= high:
+        sides = f"{low} to {high}" if low < high else str(low)
         yield (
-            f"images are trained on at shorter sides of {low} to {high} px (recipe.shorter_sides), and "
+            f"images are trained on at shorter sides of {sides} px (recipe.shorter_sides), and "
             f"evaluated and labelled at {config.min_size_px} (model.min_size_px): set one of them, so that "
             "they meet"
         )
