@@ -162,7 +162,7 @@ def history(lake: Lake, endpoint_url: Endpoint = None, as_json: Json = False) ->
     from jobs.terminal_table import print_table
 
     table = LabelsTable.open(lake, Storage(StorageSpec(endpoint_url=endpoint_url)))
-    switches = current.history(table)
+    switches = list(current.history(table))
     rows = [
         {
             "version": switch.version,
