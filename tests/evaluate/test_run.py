@@ -78,7 +78,7 @@ def test_two_images_of_one_name_are_refused(
     table: LabelsTable, lake: str, storage: Storage, truth: str
 ) -> None:
     add_rows(table, storage, label_rows({"x/a.png": [], "y/a.png": []}, NEW))
-    with pytest.raises(UsageError, match=r"two labelled images are called 'a': x/a\.png and y/a\.png"):
+    with pytest.raises(UsageError, match=r"two images are called 'a': x/a\.png and y/a\.png"):
         run_evaluate(lake, truth, NEW, storage)
 
 

@@ -108,6 +108,23 @@ def test_a_model_that_was_rolled_back_is_known_until_somebody_promotes_another(n
     assert nights.plan().rolled_back is None
 
 
+def test_a_model_stays_rolled_back_when_the_one_before_it_is_rolled_back_too(nights: Nights) -> None:
+    nights.put(a="1")
+    m1, m2, m3 = (nights.register(name) for name in ("m1", "m2", "m3"))
+    for model in (m1, m2, m3):
+        nights.given(model)
+        nights.promote(model)
+    nights.rollback()
+    nights.rollback()
+    for model in (m2, m3):
+        nights.choose(model)
+        assert nights.plan().rolled_back is not None
+    nights.promote(m2)
+    assert nights.plan().rolled_back is not None  # m3's
+    nights.choose(m2)
+    assert nights.plan().rolled_back is None
+
+
 def test_a_clock_behind_the_table_is_refused_and_a_moment_is_waited_for(
     nights: Nights, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -140,8 +157,6 @@ def test_rules_that_could_not_be_evaluated_are_refused_before_anything_is_labell
     nights.choose(nights.register("m2"))
     with pytest.raises(UsageError, match=r"has a category 'roof'; they have: door, window\."):
         nights.plan("gate.categories={roof: {max_lost: 5%}}")
-    with pytest.raises(UsageError, match=r"gate\.annotations: there is nothing at file:.*check\.json"):
-        nights.plan("gate.min_ap=0.3", f"gate.annotations=coco:{nights.source}/check.json")
     assert len(nights.plan("gate.categories={window: {max_lost: 5%}, '1': {max_lost: 5%}}").passes) == 2
     nights.choose(m1)  # nothing is compared
     nights.plan("gate.categories={roof: {max_lost: 5%}}")
