@@ -14,6 +14,7 @@ from itertools import chain
 
 import duckdb
 
+from jobs.evaluate.run import check_annotations
 from jobs.infer.job import Job, prepare
 from jobs.lake.current import current_of, read_current, rolled_back
 from jobs.lake.labels_table import LabelsTable
@@ -154,8 +155,6 @@ def check_ground_truth(spec: RelabelSpec, night: Night, shards: Iterable[Shard])
     job.storage.check_reachable(uri, "gate.annotations")
     if not job.storage.exists(uri):
         raise UsageError(f"gate.annotations: there is nothing at {uri}; check the path.")
-    from jobs.evaluate.run import check_annotations  # brings torch along
-
     try:
         check_annotations(uri, job.storage, *_image_ids(night, shards))
     except UsageError as error:

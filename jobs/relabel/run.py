@@ -248,6 +248,8 @@ class _Run:
             except (FailureBudgetExceeded, ShardReadError) as error:
                 done.status, done.error = "failed", str(error)
                 self.trouble = self.trouble or error
+                table = open_table(part.job)
+                done.committed_version = None if table is None else table.version
                 self.watcher.note(f"{part.job.model_id}: {error}")
             if choice.is_cut:  # though some of those were found unchanged, or are gone
                 done.status = "limited"

@@ -11,6 +11,8 @@ import pytest
 from jobs.relabel import night as night_module
 from jobs.relabel.night import Night
 from schemas.errors import UsageError
+from tests.chaos.harness import make_source
+from tests.evaluate.truth import write_truth
 from tests.relabel.nights import Nights
 
 
@@ -86,7 +88,7 @@ def test_a_current_model_that_is_not_to_be_had_labels_nothing(
     assert why[lost] in note
 
 
-def test_a_model_that_was_rolled_back_is_known_until_somebody_promotes_another(nights: Nights) -> None:
+def test_a_model_that_was_rolled_back_is_known_until_somebody_promotes_it_again(nights: Nights) -> None:
     nights.put(a="1")
     m1, m2 = nights.register("m1"), nights.choose(nights.register("m2"))
     nights.given(m1)
@@ -148,6 +150,22 @@ def test_categories_that_contradict_the_current_labels_are_refused(nights: Night
         nights.plan()
     nights.choose(nights.register("m3", categories=[(1, "door"), (3, "roof")]))
     assert len(nights.plan().passes) == 2
+
+
+def test_of_shards_the_images_that_the_current_model_knows_are_held_against_annotations(
+    nights: Nights, tmp_path: Path
+) -> None:
+    """Two of one name would fail at the gate; those of a shard that is gone by now do not count."""
+    for name, content in make_source("tar", {"x/a.jpg": b"1", "y/a.jpg": b"2"}).items():
+        (nights.source / name).write_bytes(content)
+    nights.choose(nights.register("m1"))
+    nights.night()
+    nights.choose(nights.register("m2"))
+    setting = f"gate.annotations=coco:{write_truth(tmp_path / 'truth.json', {'a.jpg': (2, 2, 6, 6)})}"
+    with pytest.raises(UsageError, match=r"two images are called 'a': shard-0\.tar/x/a and shard-1\.tar/y/a"):
+        nights.night(setting)
+    (nights.source / "shard-1.tar").unlink()
+    assert nights.night(setting).status == "promoted"
 
 
 def test_rules_that_could_not_be_evaluated_are_refused_before_anything_is_labelled(nights: Nights) -> None:
