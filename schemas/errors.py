@@ -42,7 +42,7 @@ class GateRefused(MasklakeError):
 
 
 class LeaseHeldError(MasklakeError):
-    """Another run is at work on the same source and model."""
+    """Another run is at work on the same source, or source and model."""
 
     exit_code = 5
 

@@ -71,6 +71,11 @@ class GateSpec(CategoryRules):
     categories: Annotated[
         dict[Name, CategoryRules], BeforeValidator(_name_ids), Wanted("categories, each with its rules")
     ] = Field(default={}, description="rules for single categories, by name or category_id")
+    max_failed: Share | None = Field(
+        default=0.01,
+        description="share of images that fail under the new model, of those that the old one had; of all, "
+        "where no model's labels are current yet",
+    )
     annotations: Annotations | None = Field(
         default=None, description="coco:URI of ground truth, for min_ap and max_ap_drop"
     )

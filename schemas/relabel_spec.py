@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from schemas.gate_spec import GateSpec
+from schemas.gate_spec import GateSpec, Share
 from schemas.spec_fields import Count, Duration, Flag, Name, Section
 from schemas.spec_problems import Wanted
 from schemas.specs import (
@@ -28,6 +28,10 @@ class BudgetSpec(Section):
 
     time_s: Duration | None = Field(default=None, description="such as 4h; null: until all is done")
     max_images: Count | None = Field(default=None, description="images labelled; null: all")
+    max_removed: Share = Field(
+        default=0.5,
+        description="share of 100 labelled images or more that may be gone from the source",
+    )
 
 
 class OrderSpec(Section):

@@ -6,8 +6,9 @@ Enters: a lake, a model_id, the JSON. Leaves: AP and AR for boxes and masks, and
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,9 @@ from maskrcnn_core.coco_eval import evaluate_coco
 from maskrcnn_core.predictor import Detections
 from schemas.errors import UsageError
 from schemas.labels import Status
+
+# What is wrong with annotations is mostly wrong with all of them.
+_TRIED_IMAGES = 100
 
 
 @dataclass(frozen=True)
@@ -101,6 +105,43 @@ def evaluate_labels(
     return Evaluation(model_id, table.version, len(detections), num_failed, unlabelled, bbox, segm)
 
 
+def check_annotations(
+    annotations_uri: str, storage: Storage, image_ids: Iterable[str], are_all: bool
+) -> None:
+    """Refuse what evaluate_labels() would, before images are labelled.
+
+    Args:
+        image_ids: of one source, each once. are_all: whether it has no others.
+
+    Raises:
+        UsageError: the JSON is not COCO's, or has none of all images, or two images have one of its names.
+        StorageError: the store refused.
+    """
+    truth = read_coco(annotations_uri, storage)
+    coco_ids = _coco_ids_by_name(truth)
+    found: dict[str, str] = {}
+    for image_id in image_ids:
+        name = image_name(image_id)
+        if name not in coco_ids:
+            continue
+        if name in found:
+            raise _two_images(name, ("", found[name]), ("", image_id))
+        found[name] = image_id
+    if are_all and not found:
+        raise UsageError(
+            f"no image of {annotations_uri} is in the source; names must agree but for folder and suffix "
+            f"(the JSON has {next(iter(coco_ids))!r})."
+        )
+    nothing = to_detections({"height": 0, "width": 0, "detections": []})
+    try:
+        annotated = {annotation["image_id"] for annotation in truth["annotations"]}
+        ids = (coco_ids[name] for name in (found if are_all else coco_ids))
+        tried = islice((coco_id for coco_id in ids if coco_id in annotated), _TRIED_IMAGES)
+        evaluate_coco(truth, dict.fromkeys(tried, nothing), "segm")
+    except (ValueError, TypeError, KeyError) as error:
+        raise UsageError(f"{annotations_uri} cannot be evaluated: {error}") from error
+
+
 def _two_images(name: str, *images: tuple[str, str]) -> UsageError:
     """images: (source, image_id) of both."""
     sources = sorted({source for source, _ in images})
@@ -110,7 +151,7 @@ def _two_images(name: str, *images: tuple[str, str]) -> UsageError:
             "are of (--source)."
         )
     ids = " and ".join(sorted(image_id for _, image_id in images))
-    return UsageError(f"two labelled images are called {name!r}: {ids}; evaluate folder by folder.")
+    return UsageError(f"two images are called {name!r}: {ids}; evaluate folder by folder.")
 
 
 def to_detections(row: Mapping[str, Any]) -> Detections:

@@ -54,7 +54,8 @@ class Job:
 
     @property
     def lineage(self) -> Lineage:
-        return Lineage(self.source_uri, self.model_id, self.run_id)
+        """Of rows that are made from now on."""
+        return Lineage(self.source_uri, self.model_id, self.run_id, datetime.now(UTC))
 
 
 def prepare(spec: InferSpec) -> Job:

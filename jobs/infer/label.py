@@ -101,7 +101,7 @@ class Labeler:
         images = list(images_of(row))
         started = time.perf_counter()
         outcomes = self._label(row["unit_id"][0].as_py(), images, report) if images else []
-        rows = label_rows(images, outcomes, self._lineage, datetime.now(UTC))
+        rows = label_rows(images, outcomes, self._lineage, max(datetime.now(UTC), self._lineage.since))
         report.node = self._node
         report.label_s = time.perf_counter() - started
         self._metrics.labelled(report.label_s)

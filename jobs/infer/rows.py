@@ -25,11 +25,15 @@ class Failure:
 
 @dataclass(frozen=True)
 class Lineage:
-    """What all rows of a run share."""
+    """What all rows of a run share.
+
+    since: when the run began, by its driver's clock; no row is older, whatever its actor's clock says.
+    """
 
     source: str
     model_id: str
     run_id: str
+    since: datetime
 
 
 def label_rows(

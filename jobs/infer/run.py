@@ -66,7 +66,7 @@ Choose = Callable[[Job, Iterable[Shard]], tuple[Tasks, LabelsTable | None]]
 
 @dataclass(frozen=True)
 class Limits:
-    """When a run ends though there is more to do: after a last commit, and with its compaction left out.
+    """When a run ends though there is more to do: after a last commit and its compaction.
 
     deadline_s: of time.monotonic(); max_images: labelled.
     """
@@ -263,7 +263,7 @@ class _Run:
                 f"{len(self.summary.unread_shards)} of {len(tasks)} shards could not be read to their end, "
                 f"first {name}: {why} The rest is committed; run the same command again for what is missing."
             )
-        if self.job.spec.commit.compact and not self.is_limited:
+        if self.job.spec.commit.compact:
             self._compact()
 
     def _compact(self) -> None:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Final
@@ -219,32 +219,30 @@ def rollback(
     return _switch(table, "rollback", chosen, decide, by, why, clock, sleep)
 
 
-def history(table: LabelsTable) -> list[Switch]:
-    """The promotions and rollbacks up to the table's version, the newest first; one small read for each.
+def history(table: LabelsTable) -> Iterator[Switch]:
+    """The promotions and rollbacks up to the table's version, the newest first; one small read for each,
+    when it is asked for.
 
     Raises:
         StorageError: a commit that the table names is gone from the log, or damaged.
     """
-    switches = []
     version = _read_property(table)[0]
     while version is not None:
         info = table.commit_info(version)
         try:
-            switches.append(
-                Switch(
-                    version,
-                    info[_EVENT],
-                    info["by"],
-                    info["at"],
-                    info["why"],
-                    {
-                        one["source"]: (
-                            ModelName(*one["to"]),
-                            ModelName(*one["from"]) if one["from"] else None,
-                        )
-                        for one in info["sources"]
-                    },
-                )
+            switch = Switch(
+                version,
+                info[_EVENT],
+                info["by"],
+                info["at"],
+                info["why"],
+                {
+                    one["source"]: (
+                        ModelName(*one["to"]),
+                        ModelName(*one["from"]) if one["from"] else None,
+                    )
+                    for one in info["sources"]
+                },
             )
             earlier: int | None = info["switch_before"]
         except (KeyError, TypeError, ValueError) as error:
@@ -252,8 +250,29 @@ def history(table: LabelsTable) -> list[Switch]:
                 f"version {version} of {table.uri} is not a promotion: {error!r}"
             ) from error
         assert earlier is None or earlier < version, f"version {version} names {earlier} as the one before"
+        yield switch
         version = earlier
-    return switches
+
+
+def rolled_back(table: LabelsTable, source: str, model_id: str) -> Switch | None:
+    """The rollback that took a model's labels of a source back, unless they counted again since.
+
+    Read are the switches down to the newest one of the source that names the model, and none where its labels
+    are current.
+
+    Raises:
+        StorageError: as history().
+    """
+    said = read_current(table).get(source)
+    if said is None or said.model_id == model_id:
+        return None
+    for switch in history(table):
+        now, before = switch.sources.get(source, (None, None))
+        if now is not None and now.model_id == model_id:
+            return None
+        if before is not None and before.model_id == model_id:
+            return switch if switch.event == "rollback" else None
+    return None
 
 
 # What a source's entry is to be: the model, and those before it.

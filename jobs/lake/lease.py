@@ -87,6 +87,7 @@ class Lease:
         holder: str,
         ttl_s: float = DEFAULT_TTL_S,
         clock: Callable[[], float] = time.time,
+        leased: str = "the same source and model",
     ) -> "Lease":
         """Take the lease, or say who has it.
 
@@ -95,6 +96,7 @@ class Lease:
             holder: who takes it, for the others to read: the run_id.
             ttl_s: a holder that is not heard of for so long has lost it.
             clock: seconds since 1970.
+            leased: what the key stands for, in words.
 
         Raises:
             LeaseHeldError: another holder is alive, or was until less than ttl_s ago.
@@ -109,7 +111,7 @@ class Lease:
                 continue  # it changed or went while we read it
             now_s = clock()
             if claim is not None and not claim.is_free(now_s):
-                raise LeaseHeldError(_held_message(key, claim, now_s))
+                raise LeaseHeldError(_held_message(leased, key, claim, now_s))
             ours = _Claim(
                 holder, socket.gethostname(), os.getpid(), _process(os.getpid()), now_s, now_s + ttl_s
             )
@@ -198,12 +200,12 @@ def _read_claim(storage: Storage, info: ObjectInfo) -> _Claim | None:
         return None
 
 
-def _held_message(key: str, claim: _Claim, now_s: float) -> str:
+def _held_message(leased: str, key: str, claim: _Claim, now_s: float) -> str:
     def clock_time(seconds: float) -> str:
         return f"{datetime.fromtimestamp(seconds, UTC):%Y-%m-%d %H:%M:%S} UTC"
 
     return (
-        f"run {claim.holder} is at work on the same source and model (lease {key}): host {claim.host}, "
+        f"run {claim.holder} is at work on {leased} (lease {key}): host {claim.host}, "
         f"process {claim.pid}, since {clock_time(claim.since_s)}. Wait for it to end; if it is dead, its "
         f"lease expires at {clock_time(claim.expires_s)}, in {max(0.0, claim.expires_s - now_s):.0f} s."
     )

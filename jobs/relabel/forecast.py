@@ -28,7 +28,7 @@ from jobs.infer.read import UnitReader
 from jobs.infer.units import UnitReport
 from jobs.lake.listing import Listing
 from jobs.lake.plan import ShardTask
-from jobs.relabel.night import open_table, plan_night
+from jobs.relabel.night import check_ground_truth, open_table, plan_night, too_many_removed
 from jobs.relabel.worklist import Reason, Worklist
 from schemas.relabel_spec import RelabelSpec
 
@@ -110,8 +110,11 @@ def run_forecast(spec: RelabelSpec, sample: int = DEFAULT_SAMPLE) -> Forecast:
     )
     cluster, table = _cluster(job), open_table(job)
     with Listing.of(spec.source, job.storage, job.lake_uri) as shards, ExitStack() as connection:
+        check_ground_truth(spec, night, shards)
         for part in night.passes:
             with part.compare(shards, table) as work:
+                if problem := too_many_removed(spec, part.job.model_id, work.counts):
+                    forecast.notes.append(problem)
                 sampling = time.perf_counter()
                 forecast.passes.append(_forecast_pass(part.job, work, cluster, sample, connection))
                 sampled_s += time.perf_counter() - sampling

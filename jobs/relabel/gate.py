@@ -1,8 +1,9 @@
 """Whether new labels may count: the rules of a gate, held against a diff.
 
 Enters: a LabelDiff, a GateSpec, AP of both models where the spec has ground truth. Leaves: a result for each
-rule, or GateRefused, which names those that failed. A rule that cannot be evaluated never passes: it fails
-where the labels are the reason, and is a UsageError where the spec is.
+rule, or GateRefused, which names those that failed. The first labels of a source have none to be compared
+with: of them only the rules that need one model are asked. A rule that cannot be evaluated never passes: it
+fails where the labels are the reason, and is a UsageError where the spec is.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ def measure_ap(annotations: str, table: LabelsTable, storage: Storage, source: s
 def judge(
     diff: LabelDiff, spec: GateSpec, old_ap: float | None = None, new_ap: float | None = None
 ) -> list[RuleResult]:
-    """Every rule that the spec sets, in its order; [] where it sets none.
+    """Every rule that the spec sets; [] where it sets none.
 
     Args:
         diff: made with the spec's min_score, match_iou and compare_masks.
@@ -65,22 +66,42 @@ def judge(
     for name, rules in spec.categories.items():
         of_category = diff.categories.get(_category_id(name, diff))
         results += _judge_objects(f"categories.{name}.", rules, of_category, diff)
-    if spec.min_ap is not None:
-        results.append(_judge_ap(spec.min_ap, new_ap))
+    images = diff.images
+    results += _judge_alone(
+        spec, images.failed_new, images.compared + images.failed_new, "that the old model had", new_ap
+    )
     if spec.max_ap_drop is not None:
         results.append(_judge_ap_drop(spec.max_ap_drop, old_ap, new_ap))
     return results
 
 
-def raise_if_refused(results: Sequence[RuleResult], diff: LabelDiff) -> None:
-    """Raise GateRefused naming each rule that failed."""
+def judge_first(num_ok: int, num_failed: int, spec: GateSpec, ap: float | None = None) -> list[RuleResult]:
+    """Of the rules that the spec sets those that need no older labels: max_failed and min_ap.
+
+    Args:
+        num_ok, num_failed: images of the source. ap: as new_ap of judge().
+
+    Raises:
+        UsageError: an AP is asked for and was not measured.
+    """
+    return list(_judge_alone(spec, num_failed, num_ok + num_failed, "of the source", ap))
+
+
+def raise_if_refused(
+    results: Sequence[RuleResult], source: str, old_model_id: str | None, new_model_id: str
+) -> None:
+    """Raise GateRefused naming each rule that failed. old_model_id: None: there was none to compare with."""
     failed = [result.text for result in results if not result.passed]
-    if failed:
-        raise GateRefused(
-            f"the labels of {diff.new_model_id} for {diff.source} are not promoted, {len(failed)} of "
-            f"{len(results)} rules failed against {diff.old_model_id}: {'; '.join(failed)}. The table stays "
-            f"on {diff.old_model_id}; `masklake diff` shows the images that differ most."
-        )
+    if not failed:
+        return
+    against, state = "", "Nothing is promoted"
+    if old_model_id is not None:
+        against = f" against {old_model_id}"
+        state = f"The table stays on {old_model_id}; `masklake diff` shows the images that differ most"
+    raise GateRefused(
+        f"the labels of {new_model_id} for {source} are not promoted, {len(failed)} of {len(results)} rules "
+        f"failed{against}: {'; '.join(failed)}. {state}."
+    )
 
 
 def _category_id(name: str, diff: LabelDiff) -> int:
@@ -120,6 +141,16 @@ def _judge_objects(
             )
         else:
             yield _evaluated(prefix + name, limit, value, _WORDS[name].format(**vars(found)))
+
+
+def _judge_alone(
+    spec: GateSpec, num_failed: int, num_images: int, which: str, ap: float | None
+) -> Iterator[RuleResult]:
+    if spec.max_failed is not None:
+        words = f"{num_failed:,} of {num_images:,} images {which}"
+        yield _evaluated("max_failed", spec.max_failed, _share(num_failed, num_images), words)
+    if spec.min_ap is not None:
+        yield _judge_ap(spec.min_ap, ap)
 
 
 def _judge_ap(limit: float, new_ap: float | None) -> RuleResult:
@@ -177,4 +208,4 @@ _WORDS = {
     "min_mean_iou": "of {kept:,} objects that both have",
 }
 _NOTHING = {"max_count_drift": "the old model found no object"}
-_SHARES = ("max_lost", "max_added", "max_relabelled", "max_count_drift")
+_SHARES = ("max_failed", "max_lost", "max_added", "max_relabelled", "max_count_drift")

@@ -10,9 +10,13 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from itertools import chain
 
+import duckdb
+
+from jobs.evaluate.run import check_annotations
 from jobs.infer.job import Job, prepare
-from jobs.lake.current import current_of, history, read_current
+from jobs.lake.current import current_of, read_current, rolled_back
 from jobs.lake.labels_table import LabelsTable
 from jobs.lake.model_ids import ModelIdRecord, check_categories, read_model_id
 from jobs.lake.models import REGISTRY_PREFIX
@@ -20,13 +24,15 @@ from jobs.lake.registry import ModelRegistry, ModelVersion
 from jobs.lake.shard_index import load_shard_index
 from jobs.lake.shards import Shard
 from jobs.lake.storage import CorruptObjectError
-from jobs.relabel.worklist import Worklist, open_worklist
+from jobs.relabel.worklist import Counts, Worklist, open_worklist
 from schemas.errors import StorageError, UsageError
 from schemas.relabel_spec import RelabelSpec
 from schemas.specs import ModelSpec
 
 # Rows are newer or older by their time, so a clock that is behind the table's would hide what it labels.
 _CLOCK_PATIENCE_S = 5.0
+# Fewer labelled images may all be gone without anybody being asked.
+_FEW_IMAGES = 100
 
 
 @dataclass(frozen=True)
@@ -65,8 +71,8 @@ class Night:
 
     current: the model_id whose labels count before it, None where there are none. is_promoted: the table says
     so, and it is not only that nobody else labelled the source. rolled_back: who took the job's model back
-    from the source and when, if that was the last switch; such a model has no pass. unlabelled: the current
-    model, where it cannot label what is new. notes: for people.
+    from the source and when, if it did not count again since; such a model has no pass. unlabelled: the
+    current model, where it cannot label what is new. notes: for people.
     """
 
     job: Job
@@ -76,6 +82,16 @@ class Night:
     unlabelled: str | None = None
     passes: list[Pass] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+
+    @property
+    def compared_with(self) -> str | None:
+        """The model whose labels the gate holds the job's against; None where there is no other."""
+        return None if self.current == self.job.model_id else self.current
+
+    @property
+    def is_to_be_judged(self) -> bool:
+        """Whether the gate is asked once all is labelled."""
+        return self.rolled_back is None and not (self.compared_with is None and self.is_promoted)
 
 
 def plan_night(spec: RelabelSpec, job: Job) -> Night:
@@ -95,13 +111,19 @@ def plan_night(spec: RelabelSpec, job: Job) -> Night:
         _check_clock(table)
         night.current = current_of(table, job.source_uri)
         night.is_promoted = job.source_uri in read_current(table)
-        night.rolled_back = _rolled_back(table, job)
-    others = night.current if night.current != job.model_id else None
+        if (switch := rolled_back(table, job.source_uri, job.model_id)) is not None:
+            night.rolled_back = f"{switch.by}, {switch.at}"
+    others = night.compared_with
     if table is not None and others is not None:
         record = read_model_id(job.storage, job.lake_uri, others)
         if record is not None:
             check_categories(record, job.record)
-            _check_gate(spec, job, record)
+            _check_rules(spec, job, record)
+        else:
+            night.notes.append(
+                f"which categories {others} has was not written down: that those of {job.model_id} agree is "
+                "for you to know"
+            )
         kept = _job_of_current(spec, job, table, others, night.notes) if spec.keep_current else None
         if kept is not None:
             night.passes.append(Pass(spec, kept, None))
@@ -117,13 +139,55 @@ def plan_night(spec: RelabelSpec, job: Job) -> Night:
     return night
 
 
-def _rolled_back(table: LabelsTable, job: Job) -> str | None:
-    for switch in history(table):
-        if job.source_uri in switch.sources:
-            _, before = switch.sources[job.source_uri]
-            is_ours = before is not None and before.model_id == job.model_id
-            return f"{switch.by}, {switch.at}" if switch.event == "rollback" and is_ours else None
-    return None
+def check_ground_truth(spec: RelabelSpec, night: Night, shards: Iterable[Shard]) -> None:
+    """Refuse annotations by which the gate could measure no AP, before nights are spent on labelling.
+
+    Of tar and Parquet shards only those images are known that the current model labelled.
+
+    Raises:
+        UsageError: there are none, they are not COCO's, or their names are not those of the source's images.
+        StorageError: the store refused.
+    """
+    if spec.gate.annotations is None or not night.is_to_be_judged:
+        return
+    job = night.job
+    uri = job.storage.normalize(spec.gate.annotations.removeprefix("coco:"))
+    job.storage.check_reachable(uri, "gate.annotations")
+    if not job.storage.exists(uri):
+        raise UsageError(f"gate.annotations: there is nothing at {uri}; check the path.")
+    try:
+        check_annotations(uri, job.storage, *_image_ids(night, shards))
+    except UsageError as error:
+        raise UsageError(f"gate.annotations: {error}") from error
+
+
+def _image_ids(night: Night, shards: Iterable[Shard]) -> tuple[Iterable[str], bool]:
+    """Of the source, as far as they are known before it is read; and whether those are all."""
+    names = set()
+    for shard in shards:
+        if shard.format == "files":
+            columns = (part.objects.columns["image_id"] for part in shards)
+            return map(str, chain.from_iterable(column.to_pylist() for column in columns)), True
+        names.add(shard.name)
+    table = open_table(night.job)
+    if table is None or night.current is None:
+        return (), False
+    in_source = duckdb.ColumnExpression("source") == duckdb.ConstantExpression(night.job.source_uri)
+    rows = table.to_current(night.current).filter(in_source).select("image_id, shard").fetchall()
+    return (image_id for image_id, shard in rows if shard in names), False
+
+
+def too_many_removed(spec: RelabelSpec, model_id: str, counts: Counts) -> str | None:
+    """Why a pass is not to be made: so much is gone from the source that a mistake is likelier."""
+    share = spec.budget.max_removed
+    if counts.labelled < _FEW_IMAGES or counts.removed <= share * counts.labelled:
+        return None
+    return (
+        f"{counts.removed:,} of {counts.labelled:,} images that {model_id} labelled are not in "
+        f"{spec.source.uri} any more, over budget.max_removed {100 * share:.4g}%: was source.include "
+        "narrowed, or is a part of the source away? Nothing of this model was changed; if they are gone for "
+        "good, run once with --set budget.max_removed=100%."
+    )
 
 
 def open_table(job: Job) -> LabelsTable | None:
@@ -172,12 +236,11 @@ def _find_version(registry: ModelRegistry, name: str | None, fingerprint: str) -
     return next((version for version in versions if version.fingerprint == fingerprint), None)
 
 
-def _check_gate(spec: RelabelSpec, job: Job, current: ModelIdRecord) -> None:
+def _check_rules(spec: RelabelSpec, job: Job, current: ModelIdRecord) -> None:
     """Refuse what the gate would refuse to judge, before nights are spent on labelling.
 
     Raises:
-        UsageError: neither model knows a category that has rules, or there are no annotations where the spec
-            says.
+        UsageError: neither model knows a category that has rules.
     """
     categories = {*current.categories, *job.record.categories}
     known = {name for _, name in categories} | {str(category_id) for category_id, _ in categories}
@@ -188,11 +251,6 @@ def _check_gate(spec: RelabelSpec, job: Job, current: ModelIdRecord) -> None:
             f"gate.categories: neither {current.model_id} nor {job.model_id} has a category "
             f"{', '.join(map(repr, unknown))}; they have: {names}."
         )
-    if spec.gate.annotations is not None:
-        uri = job.storage.normalize(spec.gate.annotations.removeprefix("coco:"))
-        job.storage.check_reachable(uri, "gate.annotations")
-        if not job.storage.exists(uri):
-            raise UsageError(f"gate.annotations: there is nothing at {uri}; check the path.")
 
 
 def _check_clock(table: LabelsTable) -> None:

@@ -115,6 +115,7 @@ def promote(
     sources = (
         [only] if only is not None else [name for name in sorted(labelled) if model_id in labelled[name]]
     )
+    _check_categories(table, storage, sources, model_id)
     if not incomplete:
         _check_complete(table, sources, model_id)
     before = table.version
@@ -168,7 +169,7 @@ def history(lake: Lake, endpoint_url: Endpoint = None, as_json: Json = False) ->
     aliases = Aliases(lake, storage)
     moves = [move for alias in aliases.names() for move in aliases.history(alias)]
     moves.sort(key=lambda move: move.at, reverse=True)
-    switches = current.history(table)
+    switches = list(current.history(table))
     rows = [
         {
             "version": switch.version,
@@ -212,6 +213,22 @@ def history(lake: Lake, endpoint_url: Endpoint = None, as_json: Json = False) ->
             ("alias", "at", "model", "by", "why"),
             [(move.alias, move.at, move.model, move.by, move.why) for move in moves],
         )
+
+
+def _check_categories(table: LabelsTable, storage: Storage, sources: Sequence[str], model_id: str) -> None:
+    """Refuse a model whose category ids mean other things than those of the labels that count."""
+    from jobs.lake.current import current_of
+    from jobs.lake.model_ids import check_categories, read_model_id
+
+    lake_uri = table.uri.removesuffix("/labels")
+    new = read_model_id(storage, lake_uri, model_id)
+    for now in {current_of(table, source) for source in sources} - {None, model_id}:
+        old = read_model_id(storage, lake_uri, str(now))
+        if old is None or new is None:
+            unknown = model_id if new is None else now
+            typer.echo(f"note     the categories of {unknown} were not written down: compare them", err=True)
+        else:
+            check_categories(old, new)
 
 
 def _check_complete(table: LabelsTable, sources: Sequence[str], model_id: str) -> None:

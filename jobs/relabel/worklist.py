@@ -58,12 +58,14 @@ TO_DO = (Reason.NEW, Reason.CHANGED, Reason.FAILED, Reason.STALE)  # in the orde
 class Counts:
     """Images of a source by reason, for one model.
 
-    removed: images with a row that the source does not hold any more. estimated: so many of those to do lie
+    labelled: images that have a row of the model; removed: those of them that the source does not hold any
+    more. estimated: so many of those to do lie
     in shards that this model has not read yet in their present version, and are counted by what the current
     model found there, or by size.
     """
 
     by_reason: dict[Reason, int] = field(default_factory=lambda: dict.fromkeys(Reason, 0))
+    labelled: int = 0
     removed: int = 0
     estimated: int = 0
 
@@ -219,6 +221,7 @@ def open_worklist(
         else:
             _take_indexes(keys, index or {}, current_index or {})
             _compare_shards(keys, work.counts, order)
+        work.counts.labelled = _count(keys, "mine WHERE is_live")
         yield work
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from jobs.evaluate.run import evaluate_labels, run_evaluate
+from jobs.evaluate.run import check_annotations, evaluate_labels, run_evaluate
 from jobs.lake.labels_table import LabelsTable
 from jobs.lake.storage import Storage
 from schemas.errors import UsageError
@@ -78,8 +78,23 @@ def test_two_images_of_one_name_are_refused(
     table: LabelsTable, lake: str, storage: Storage, truth: str
 ) -> None:
     add_rows(table, storage, label_rows({"x/a.png": [], "y/a.png": []}, NEW))
-    with pytest.raises(UsageError, match=r"two labelled images are called 'a': x/a\.png and y/a\.png"):
+    with pytest.raises(UsageError, match=r"two images are called 'a': x/a\.png and y/a\.png"):
         run_evaluate(lake, truth, NEW, storage)
+
+
+def test_annotations_are_held_against_images_that_nobody_labelled_yet(
+    storage: Storage, truth: str, tmp_path: Path
+) -> None:
+    check_annotations(truth, storage, ["x/a.jpg", "c.jpg", "x/c.jpg"], are_all=True)
+    check_annotations(truth, storage, ["c.jpg"], are_all=False)
+    with pytest.raises(UsageError, match=r"no image of .* is in the source.*\(the JSON has 'a'\)"):
+        check_annotations(truth, storage, ["c.jpg"], are_all=True)
+    with pytest.raises(UsageError, match=r"two images are called 'a': x/a\.jpg and y/a\.jpg"):
+        check_annotations(truth, storage, ["x/a.jpg", "y/a.jpg"], are_all=False)
+    empty = tmp_path / "empty.json"
+    empty.write_text(Path(truth).read_text().replace('"image_id"', '"picture_id"'))
+    with pytest.raises(UsageError, match="cannot be evaluated: 'image_id'"):
+        check_annotations(str(empty), storage, [], are_all=False)
 
 
 def test_a_version_is_scored_as_it_was(table: LabelsTable, lake: str, storage: Storage, truth: str) -> None:

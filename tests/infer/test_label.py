@@ -2,6 +2,7 @@ import io
 import os
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import replace
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from maskrcnn_core.model import build_model
 from maskrcnn_core.predictor import Detections, Predictor
 from schemas.labels import ErrorKind
 
+LINEAGE = Lineage("source", "tiny-1", "run", datetime(2026, 1, 1, tzinfo=UTC))
 REPLICA = Replica({}, "cpu", "fp32", batch_size=2, threads=1)
 
 
@@ -31,7 +33,7 @@ def checkpoint() -> bytes:
 
 @pytest.fixture(scope="module")
 def labeler(checkpoint: bytes) -> Iterator[Labeler]:
-    labeler = Labeler(checkpoint, REPLICA, Lineage("source", "tiny-1", "run"), node="here")
+    labeler = Labeler(checkpoint, REPLICA, LINEAGE, node="here")
     yield labeler
     labeler.close()
 
@@ -58,6 +60,15 @@ def test_a_unit_comes_back_as_rows_in_order_with_its_figures(labeler: Labeler) -
     assert report.num_detections == sum(n or 0 for n in rows["num_detections"].to_pylist())
     assert report.node == "here"
     assert report.label_s > 0
+
+
+def test_no_row_is_older_than_its_run_whatever_the_actors_clock_says(
+    labeler: Labeler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    since = datetime.now(UTC) + timedelta(hours=1)
+    monkeypatch.setattr(labeler, "_lineage", replace(LINEAGE, since=since))
+    out = labeler(read_row("u", UnitReport("shard", num_images=1), images(1)))
+    assert table_from_bytes(out["rows"][0].as_buffer())["labeled_at"].to_pylist() == [since]
 
 
 def test_an_image_that_breaks_the_network_fails_alone(
@@ -235,7 +246,7 @@ def test_images_on_which_a_decoder_dies_or_hangs_are_failed_rows(
     checkpoint: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MASKLAKE_FAILPOINTS", "decode_image=i1:kill,decode_image=i3:hang")
-    labeler = Labeler(checkpoint, replace(REPLICA, decode_timeout_s=1.0), Lineage("source", "tiny-1", "run"))
+    labeler = Labeler(checkpoint, replace(REPLICA, decode_timeout_s=1.0), LINEAGE)
     out = labeler(read_row("u", UnitReport("shard", num_images=6), images(6)))
     labeler.close()
     rows = table_from_bytes(out["rows"][0].as_buffer()).to_pylist()

@@ -10,7 +10,7 @@ from jobs.lake.sources import SourceImage
 from maskrcnn_core.predictor import Detections
 from schemas.labels import LABEL_SCHEMA, ErrorKind
 
-LINEAGE = Lineage("file:///images", "tiny-0123456789ab", "run-1")
+LINEAGE = Lineage("file:///images", "tiny-0123456789ab", "run-1", datetime(2026, 1, 1, tzinfo=UTC))
 NOW = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
 
 

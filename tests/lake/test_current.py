@@ -23,6 +23,7 @@ from jobs.lake.current import (
     promote,
     read_current,
     rollback,
+    rolled_back,
 )
 from jobs.lake.fragments import Fragment, write_fragment
 from jobs.lake.labels_table import LabelsTable
@@ -58,7 +59,7 @@ def test_an_empty_table_has_no_current_model(lake: str, storage: Storage) -> Non
     assert read_current(table) == {}
     assert labelled_sources(table) == {}
     assert current_of(table, SOURCE) is None
-    assert history(table) == []
+    assert list(history(table)) == []
 
 
 def test_without_a_promotion_the_only_model_of_a_source_is_current(table: LabelsTable) -> None:
@@ -145,7 +146,7 @@ def test_the_history_says_who_switched_what_and_when_the_newest_first(
     promote(table, [SOURCE], B, None, "ben", "ü\"' \\", clock)
     rollback(table, [SOURCE], "eva", "", clock)
     old, new = ModelName(A, "facades@1"), ModelName(B, None)
-    switches = history(table)
+    switches = list(history(table))
     assert [(s.version, s.event, s.by, s.why) for s in switches] == [
         (5, "rollback", "eva", ""),
         (4, "promotion", "ben", "ü\"' \\"),
@@ -157,7 +158,7 @@ def test_the_history_says_who_switched_what_and_when_the_newest_first(
         {OTHER: (old, None), SOURCE: (old, None)},
     ]
     assert {s.at for s in switches} == {"2026-11-23T02:10:00+00:00"}
-    assert history(LabelsTable.open(lake, storage, 3)) == switches[2:]
+    assert list(history(LabelsTable.open(lake, storage, 3))) == switches[2:]
 
 
 def test_a_compaction_and_a_checkpoint_leave_it_as_it_is(
@@ -313,7 +314,30 @@ def test_a_change_of_the_property_by_hand_is_no_history(table: LabelsTable) -> N
     value = json.loads(table.delta.metadata().configuration["masklake.current"]) | {"version": 1}
     table.delta.alter.set_table_properties({"masklake.current": json.dumps(value)}, False)
     with pytest.raises(StorageError, match=r"version 1 .* is not a promotion"):
-        history(table)
+        next(history(table))
+
+
+def test_who_rolled_a_model_back_is_looked_for_only_as_far_as_it_takes(
+    table: LabelsTable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for model in (A, B):
+        promote(table, [SOURCE], model, None, "ana", "")
+    rollback(table, [SOURCE], "ben", "")
+    read: list[int] = []
+    commit_info = table.commit_info
+
+    def count(version: int) -> dict[str, Any]:
+        read.append(version)
+        return commit_info(version)
+
+    monkeypatch.setattr(table, "commit_info", count)
+    assert rolled_back(table, SOURCE, A) is None  # it is current
+    assert read == []
+    switch = rolled_back(table, SOURCE, B)
+    assert switch is not None
+    assert switch.by == "ben"
+    assert read == [table.version]
+    assert rolled_back(table, "s3://another", B) is None
 
 
 @pytest.mark.slow

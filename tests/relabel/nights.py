@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -23,6 +23,7 @@ import pytest
 import jobs.infer.job
 import jobs.infer.run
 import jobs.relabel.run
+from cluster.session import ClusterInfo
 from jobs.infer.job import prepare
 from jobs.infer.pipeline import Pipeline
 from jobs.infer.rows import Failure, label_rows
@@ -34,12 +35,13 @@ from jobs.lake.labels_table import LabelsTable
 from jobs.lake.model_ids import record_model_id
 from jobs.lake.registry import ModelRegistry, ModelVersion
 from jobs.lake.sources import SourceImage, list_shards
-from jobs.lake.storage import ObjectInfo, Storage
+from jobs.lake.storage import AccessDeniedError, ObjectInfo, Storage
 from jobs.lake.views import current_labels
 from jobs.relabel.night import Night, plan_night
 from jobs.relabel.run import RelabelSummary, run_relabel
 from maskrcnn_core.masks import encode_masks
 from maskrcnn_core.predictor import Detections
+from schemas.labels import ErrorKind
 from schemas.relabel_spec import RelabelSpec
 from schemas.spec_loader import load_spec
 from schemas.specs import ModelSpec, StorageSpec
@@ -63,6 +65,7 @@ class StubCheckpoint:
     name: str
     categories: Sequence[tuple[int, str]]
     finds: int | None  # a category_id
+    fails_on: Collection[str]  # contents of images
     fingerprint: str
     config: Any = field(default_factory=lambda: SimpleNamespace(preset="lite"))
 
@@ -72,11 +75,19 @@ class StubCheckpoint:
     def model_id(self, precision: str, **overrides: Any) -> str:
         return f"{self.name}-{self.fingerprint[:12]}"
 
+    def look(self, image: SourceImage) -> Detections | Failure:
+        if image.error_kind is not None:
+            return Failure(image.error_kind, image.error or "")
+        if image.data is not None and image.data.decode(errors="replace") in self.fails_on:
+            return Failure(ErrorKind.CORRUPT, "so the test wants it")
+        return _look(self.finds)
+
 
 def parse_stub(content: bytes, where: str) -> StubCheckpoint:
     values = json.loads(content)
     categories = [(int(category_id), name) for category_id, name in values["categories"]]
-    return StubCheckpoint(values["name"], categories, values["finds"], hashlib.sha256(content).hexdigest())
+    fingerprint = hashlib.sha256(content).hexdigest()
+    return StubCheckpoint(values["name"], categories, values["finds"], values["fails_on"], fingerprint)
 
 
 class Watcher:
@@ -102,8 +113,9 @@ class Nights:
 
     labelled, read: ids of images that the (stub) network got, that were read from the source, since the start
     of the last night. notes, num_tasks: of the last night, what was said and how many shards or slices were
-    to be read. meanwhile: called before each unit is labelled. now_s: the
-    time, as budgets have it; stands still by itself.
+    to be read; ray_starts: how often Ray would have been started. denied: images that cannot be read.
+    meanwhile: called before each unit is labelled. now_s: the time, as budgets have it; stands still by
+    itself.
     """
 
     def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -117,6 +129,9 @@ class Nights:
         self.read: list[str] = []
         self.notes: list[str] = []
         self.num_tasks = 0
+        self.ray_starts = 0
+        self._connections = 0
+        self.denied: set[str] = set()
         self.meanwhile: Callable[[], None] = lambda: None
         self.now_s = 1000.0
         self._clock_ns = 1_700_000_000 * 10**9
@@ -124,7 +139,10 @@ class Nights:
 
         def read_and_count(storage: Storage, info: ObjectInfo) -> bytes:
             if info.uri.startswith(f"{self.source_uri}/"):
-                self.read.append(info.uri.rpartition("/")[2])
+                name = info.uri.rpartition("/")[2]
+                if name.removesuffix(".jpg") in self.denied:
+                    raise AccessDeniedError(f"{info.uri}: access denied")
+                self.read.append(name)
             return read_bytes(storage, info)
 
         monkeypatch.setattr(Storage, "read_bytes", read_and_count)
@@ -132,6 +150,8 @@ class Nights:
         for name, stand_in in {**WITHOUT_RAY, "run_pipeline": self._run_pipeline}.items():
             monkeypatch.setattr(jobs.infer.run, name, stand_in)
         for module in (jobs.infer.run, jobs.relabel.run):
+            monkeypatch.setattr(module, "connect", self._connect)
+            monkeypatch.setattr(module, "shutdown", self._shutdown)
             monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: self.now_s))
 
     def put(self, **images: str) -> None:
@@ -149,9 +169,14 @@ class Nights:
         (self.source / f"{name}.jpg").unlink()
 
     def register(
-        self, name: str, finds: int | None = 1, categories: Sequence[tuple[int, str]] = ((1, "door"),)
+        self,
+        name: str,
+        finds: int | None = 1,
+        categories: Sequence[tuple[int, str]] = ((1, "door"),),
+        fails_on: Sequence[str] = (),
     ) -> ModelVersion:
-        content = json.dumps({"name": name, "categories": list(categories), "finds": finds}).encode()
+        values = {"name": name, "categories": list(categories), "finds": finds, "fails_on": list(fails_on)}
+        content = json.dumps(values).encode()
         return self.registry.register(name, content, parse_stub(content, "").fingerprint)
 
     def choose(self, version: ModelVersion) -> ModelVersion:
@@ -180,6 +205,7 @@ class Nights:
     def begin(self) -> None:
         self.labelled.clear()
         self.read.clear()
+        self.ray_starts = 0
 
     def given(self, version: ModelVersion, *names: str, at: datetime | None = None) -> str:
         """Labels of these images, or all, as a night with the model would have left them; its model_id."""
@@ -191,7 +217,7 @@ class Nights:
             for image_id, info in shard.objects
             if info is not None and (not names or image_id.removesuffix(".jpg") in names)
         ]
-        outcomes = [_look(model.finds) for _ in images]
+        outcomes = [model.look(image) for image in images]
         rows = label_rows(images, outcomes, job.lineage, at or datetime.now(UTC))
         add_rows(LabelsTable.open_or_create(self.lake, self.storage), self.storage, rows)
         record_model_id(self.storage, self.lake, job.record)
@@ -242,6 +268,14 @@ class Nights:
         found = (str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
         return {path for path in found if not path.startswith("leases/")}
 
+    def _connect(self) -> ClusterInfo:
+        self.ray_starts += self._connections == 0
+        self._connections += 1
+        return ClusterInfo(({"CPU": 2.0},), False)
+
+    def _shutdown(self) -> None:
+        self._connections -= 1
+
     def _run_pipeline(self, pipeline: Pipeline) -> Any:
         model = parse_stub(pipeline.checkpoint, "")
 
@@ -251,14 +285,9 @@ class Nights:
             if images:
                 self.meanwhile()
             self.labelled += [image.image_id for image in images]
-            outcomes = [
-                _look(model.finds)
-                if image.error_kind is None
-                else Failure(image.error_kind, image.error or "")
-                for image in images
-            ]
-            report.count_failures([image.error_kind for image in images])
+            outcomes = [model.look(image) for image in images]
             rows = label_rows(images, outcomes, pipeline.lineage, datetime.now(UTC))
+            report.count_failures(rows["error_kind"].to_pylist())
             return pa.table(
                 {
                     "unit_id": row["unit_id"],

@@ -9,7 +9,7 @@ import pytest
 from jobs.lake.labels_table import LabelsTable
 from jobs.lake.storage import Storage
 from jobs.relabel.diff import CategoryDiff, ImageCounts, LabelDiff, ScoreShift
-from jobs.relabel.gate import judge, measure_ap, raise_if_refused
+from jobs.relabel.gate import judge, judge_first, measure_ap, raise_if_refused
 from schemas.errors import GateRefused, UsageError
 from schemas.gate_spec import GateSpec
 from schemas.spec_loader import parse_spec
@@ -60,7 +60,7 @@ DIFF = LabelDiff(
 
 
 def spec(**rules: Any) -> GateSpec:
-    return parse_spec(GateSpec, rules, "gate")
+    return parse_spec(GateSpec, {"max_failed": None, **rules}, "gate")
 
 
 @pytest.mark.parametrize(
@@ -84,7 +84,7 @@ def test_a_rule_holds_up_to_its_limit(rule: str, value: float, fails_at: float) 
 def test_a_refusal_names_each_rule_that_failed_with_value_and_limit() -> None:
     results = judge(DIFF, spec(max_lost="5%", max_added="50%", min_mean_iou=0.95))
     with pytest.raises(GateRefused) as refusal:
-        raise_if_refused(results, DIFF)
+        raise_if_refused(results, SOURCE, OLD, NEW)
     text = str(refusal.value)
     assert refusal.value.exit_code == 4
     assert "max_lost is 6%, wanted at most 5% (6 of 100 old objects)" in text
@@ -96,7 +96,7 @@ def test_a_refusal_names_each_rule_that_failed_with_value_and_limit() -> None:
 
 def test_without_rules_nothing_is_judged_and_nothing_refused() -> None:
     assert judge(DIFF, spec()) == []
-    raise_if_refused([], DIFF)
+    raise_if_refused([], SOURCE, OLD, NEW)
 
 
 def test_a_category_has_its_own_numbers_by_name_or_id() -> None:
@@ -135,7 +135,27 @@ def test_a_rule_that_cannot_be_evaluated_does_not_pass(
     (result,) = judge(diff, spec(**rules))
     assert (result.value, result.passed) == (None, False)
     with pytest.raises(GateRefused, match=f"cannot be evaluated: {why}"):
-        raise_if_refused([result], diff)
+        raise_if_refused([result], SOURCE, OLD, NEW)
+
+
+def test_images_that_fail_under_the_new_model_are_a_share_of_those_that_the_old_one_had() -> None:
+    diff = replace(DIFF, images=ImageCounts(compared=97, failed_new=3, failed_old=50, failed_both=50))
+    (result,) = judge(diff, GateSpec())
+    assert (result.rule, result.value, result.passed) == ("max_failed", 0.03, False)
+    assert result.text == "max_failed is 3%, wanted at most 1% (3 of 100 images that the old model had)"
+    (result,) = judge(diff, spec(max_failed="3%"))
+    assert result.passed
+    assert judge(replace(DIFF, images=ImageCounts()), GateSpec())[0].passed
+
+
+def test_the_first_labels_of_a_source_are_held_against_what_needs_no_others() -> None:
+    rules = spec(max_failed="10%", max_lost=0, max_ap_drop=0, min_ap=0.3, annotations=TRUTH)
+    failed, low = judge_first(80, 20, rules, ap=0.25)
+    assert failed.text == "max_failed is 20%, wanted at most 10% (20 of 100 images of the source)"
+    assert (low.rule, low.passed) == ("min_ap", False)
+    with pytest.raises(GateRefused, match=r"of new for s .*, 2 of 2 rules failed: .* Nothing is promoted\."):
+        raise_if_refused([failed, low], "s", None, "new")
+    assert judge_first(0, 0, spec()) == []
 
 
 TRUTH = "coco:truth.json"

@@ -10,7 +10,7 @@ from jobs.lake.commit import app_id
 from jobs.lake.labels_table import LabelsTable
 from jobs.lake.lease import Lease
 from jobs.lake.storage import Storage
-from jobs.relabel.upkeep import Upkeep
+from jobs.relabel.upkeep import Upkeep, Upkept
 from jobs.relabel.worklist import RemovedImages
 from schemas.errors import LeaseHeldError
 from tests.lake.conftest import make_label_rows
@@ -29,20 +29,34 @@ def upkeep(table: LabelsTable, storage: Storage, add_labels: AddLabels) -> Upkee
 
 
 def test_nothing_to_do_commits_nothing(upkeep: Upkeep, table: LabelsTable) -> None:
-    assert upkeep.apply([], {}) is None
+    assert upkeep.apply([], {}) == Upkept(None, 0)
     table.refresh()
     assert table.version == 1
 
 
 def test_what_is_gone_leaves_the_labels_and_stays_in_the_table(upkeep: Upkeep, table: LabelsTable) -> None:
     gone = [RemovedImages("shard-000.tar", ["a", "c"]), RemovedImages("other.tar", ["never-there"])]
-    version = upkeep.apply(gone, {})
+    done = upkeep.apply(gone, {})
     table.refresh()
-    assert table.version == version == 2
+    assert (done, table.version) == (Upkept(2, 3), 2)
     left = table.to_current(MODEL).order("source, image_id").select("source, image_id, status").fetchall()
     assert left == [("s3://other", "a", "ok"), (SOURCE, "b", "ok")]
     assert table.dataset(MODEL).count_rows() == 7
-    assert upkeep.apply([RemovedImages("shard-000.tar", ["b"])], {}) == 3
+    assert upkeep.apply([RemovedImages("shard-000.tar", ["b"])], {}) == Upkept(3, 1)
+
+
+def test_an_image_that_was_found_in_another_shard_stays(
+    upkeep: Upkeep, table: LabelsTable, storage: Storage, add_labels: AddLabels
+) -> None:
+    """As of a Parquet source with an id_column that was written anew under another name."""
+    add_labels(
+        table, storage, make_label_rows(["a", "b"], MODEL, shard="new.parquet", at_us=1_800_000_000_000_000)
+    )
+    gone = [RemovedImages("shard-000.tar", ["c", "b", "a"])]
+    assert upkeep.apply(gone, {}).num_removed == 1
+    table.refresh()
+    left = table.to_current(MODEL).filter(f"source = '{SOURCE}'").order("image_id").select("image_id, shard")
+    assert left.fetchall() == [("a", "new.parquet"), ("b", "new.parquet")]
 
 
 def test_an_object_with_the_old_content_gets_the_old_labels_and_its_own_version(

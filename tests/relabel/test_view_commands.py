@@ -144,6 +144,14 @@ def test_a_model_is_promoted_once_it_has_all_that_is_current(lake: str, table: L
     assert run_json("promote", B, "--lake", lake)["current"] == {SOURCE: B}
 
 
+def test_a_model_whose_categories_mean_other_things_is_not_promoted(lake: str) -> None:
+    for model_id, name in ((A, "door"), (B, "window")):
+        record = ModelIdRecord(model_id, "f" * 64, "lite", "fp32", {}, ((1, name),), "run-1", "2026-11-23")
+        record_model_id(Storage(StorageSpec()), lake, record)
+    with pytest.raises(UsageError, match="category 1 was 'door' and is 'window'"):
+        run("promote", B, "--lake", lake, "--incomplete")
+
+
 def test_an_incomplete_model_is_promoted_by_those_who_insist(lake: str, table: LabelsTable) -> None:
     assert run_json("promote", B, "--lake", lake, "--incomplete")["version"] == 3
     assert run_json("sql", "SELECT count(*) FROM labels", "--lake", lake)["rows"] == [[1]]

@@ -9,12 +9,13 @@ from schemas.gate_spec import CategoryRules, GateSpec
 from schemas.spec_loader import parse_spec
 
 
-def test_no_rule_is_set_by_itself() -> None:
+def test_no_rule_but_one_of_failures_is_set_by_itself() -> None:
     spec = parse_spec(GateSpec, {}, "gate")
     assert (
         CategoryRules(**{name: getattr(spec, name) for name in CategoryRules.model_fields}) == CategoryRules()
     )
     assert (spec.categories, spec.min_ap, spec.max_ap_drop) == ({}, None, None)
+    assert spec.max_failed == 0.01
     assert (spec.min_score, spec.match_iou, spec.compare_masks) == (0.5, 0.5, True)
 
 
