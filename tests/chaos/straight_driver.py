@@ -31,6 +31,7 @@ import pyarrow as pa
 
 import jobs.cli
 import jobs.infer.run
+import jobs.relabel.run
 import maskrcnn_core.ops.cpu.nms
 import maskrcnn_core.ops.cpu.resize
 import maskrcnn_core.ops.cpu.roi_align  # noqa: F401
@@ -89,6 +90,7 @@ def become(wanted: dict[str, Any]) -> None:
 def patch() -> None:
     """Stages in this process, and what the environment asks for."""
     vars(jobs.infer.run).update(WITHOUT_RAY, run_pipeline=_run_straight)
+    vars(jobs.relabel.run).update({name: WITHOUT_RAY[name] for name in ("connect", "shutdown")})
     if ttl_s := os.environ.get("MASKLAKE_CHAOS_TTL_S"):
         jobs.infer.run.LEASE_TTL_S = float(ttl_s)
     if stop := os.environ.get("MASKLAKE_CHAOS_STOP"):
