@@ -182,6 +182,7 @@ class TestFiles:
             stream,
             lambda: storage.open_unverified(info),
             lambda: storage.write_bytes(f"{secret}/new", b""),
+            lambda: storage.write_file(f"{secret}/new", allowed / "1.jpg"),
             lambda: storage.create_exclusive(f"{secret}/new", b""),
             lambda: storage.exists(uri),
             lambda: storage.delete(uri),
