@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import _thread
 import json
 import os
 import signal
@@ -39,6 +40,29 @@ def test_sigterm_ends_a_command_in_one_line_and_the_handler_of_before_is_back() 
 def test_other_errors_go_through() -> None:
     with pytest.raises(ZeroDivisionError), stoppable():
         1 / 0  # noqa: B018 - it is the error that is wanted
+
+
+def test_a_wish_that_came_right_before_a_sleep_ends_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """interrupt_main() marks a signal as seen and ends no wait: what a signal a moment too early does."""
+    monkeypatch.setenv(JOB_CONFIG, json.dumps({"metadata": {"job_submission_id": "infer-1"}}))
+    for name in ("connect", "shutdown"):
+        monkeypatch.setattr(f"cluster.stop_wish.{name}", lambda: None)
+    monkeypatch.setattr("cluster.stop_wish._Listener._keeper", MagicMock())
+    monkeypatch.setattr("cluster.stop_wish._RETRY_S", 0.1)
+
+    def wait(refs: list[object], timeout: float) -> tuple[list[object], list[object]]:
+        time.sleep(0.5)  # until the main thread sleeps
+        return refs, []
+
+    monkeypatch.setattr(ray, "wait", wait)
+    monkeypatch.setattr(ray, "get", MagicMock())
+    monkeypatch.setattr(
+        "cluster.stop_wish.interrupt_main_thread", lambda: _thread.interrupt_main(signal.SIGTERM)
+    )
+    began = time.monotonic()
+    with pytest.raises(StoppedError), stoppable():
+        time.sleep(20)
+    assert time.monotonic() - began < 10
 
 
 @pytest.mark.slow
