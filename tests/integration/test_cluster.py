@@ -74,6 +74,8 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningCluster
         "RAY_AUTH_TOKEN_PATH": str(token),
         **RAY_SETTINGS,
         "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
+        # So few images are labelled by whichever actor starts first; here all of a pool start before them.
+        "RAY_DATA_DEFAULT_WAIT_FOR_MIN_ACTORS_S": "240",
         "PYTHONPATH": str(ROOT),
         "PATH": f"{BIN}:{os.environ['PATH']}",
         # The raylets share this machine's disk; a submitted job reads no disk that it was not allowed.
