@@ -19,7 +19,7 @@ from jobs.lake.labels_table import LabelsTable
 from jobs.lake.models import read_checkpoint_bytes
 from jobs.lake.registry import ModelRegistry
 from maskrcnn_core.checkpoint import parse_checkpoint
-from tests.chaos.harness import ROOT, make_source
+from tests.chaos.harness import ROOT, make_images, make_source
 from tests.chaos.machines import why_not
 from tests.chaos.test_separate_machines import Site, open_site
 
@@ -93,9 +93,9 @@ def test_the_rendered_jobs_label_label_again_and_train(tmp_path: Path) -> None:
 
         labelled = run(site, "infer", *LABEL_SIZES)
         assert (labelled["status"], labelled["ok"]) == ("done", 12)
-        for name, data in make_source("tar", {"more.jpg": b"no image"}, num_shards=1).items():
+        for name, data in make_source("tar", make_images(1), num_shards=1).items():
             site.bucket.put(f"incoming/later-{name}", data)
-        again = run(site, "relabel", *LABEL_SIZES, "failures.budget=100%")
+        again = run(site, "relabel", *LABEL_SIZES)
         assert (again["status"], sum(part["images"] for part in again["passes"])) == ("up_to_date", 1)
         (current,) = read_current(LabelsTable.open(lake, site.storage)).values()
         assert current.model == str(version)
