@@ -233,8 +233,8 @@ def test_ctrl_c_commits_what_was_finished_and_the_next_run_goes_on(
     cluster: RunningCluster, tmp_path: Path
 ) -> None:
     job = spec_file(tmp_path, num_images=100)
-    settings = ["--set", "pool.min_actors=1", "--set", "commit.every_s=1000"]
-    command = [str(BIN / "masklake"), "submit", "infer", str(job), *settings, "--follow"]
+    slow = ["--set", "pool.min_actors=1", "--set", "pool.max_actors=1", "--set", "commit.every_s=1000"]
+    command = [str(BIN / "masklake"), "submit", "infer", str(job), *slow, "--follow"]
     env = {**cluster.env, "RAY_API_SERVER_ADDRESS": cluster.dashboard}
     with subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as run:
         assert run.stdout is not None
