@@ -215,7 +215,7 @@ def test_actors_on_cpus_alone_go_on_reading_whichever_node_is_lost(
 def test_a_run_waits_for_the_nodes_that_it_wants_and_grows_with_those_that_come(
     tmp_path: Path, disk: Storage
 ) -> None:
-    images = make_images(150)
+    images = make_images(300)
     source = write_source(tmp_path / "images", make_source("tar", images, num_shards=30))
     slow = ("model.min_size_px=512", "model.max_size_px=640")
     settings = (*slow, "pool.min_actors=2", "pool.max_actors=3", "pool.wait_for_nodes_s=4m")
