@@ -27,6 +27,7 @@ from jobs.infer.units import LABELLED_SCHEMA, UnitReport, images_of, table_to_by
 from jobs.lake import failpoints
 from jobs.lake.sources import SourceImage
 from maskrcnn_core.checkpoint import parse_checkpoint
+from maskrcnn_core.host_memory import keep_freed_memory
 from maskrcnn_core.predictor import Detections, Precision, Predictor
 from schemas.labels import ErrorKind
 
@@ -76,6 +77,7 @@ class Labeler:
 
         if replica.device == "cpu":
             torch.set_num_threads(replica.threads)
+            keep_freed_memory()
         model = parse_checkpoint(checkpoint, "the checkpoint").build(**replica.model_overrides)
         self._predictor = Predictor(
             model,

@@ -41,6 +41,7 @@ from jobs.train.watcher import TrainWatcher
 from jobs.train.workers import Workers
 from maskrcnn_core.checkpoint import dump_checkpoint
 from maskrcnn_core.config import MaskRCNNConfig
+from maskrcnn_core.host_memory import keep_freed_memory
 from maskrcnn_core.model import MaskRCNN
 from maskrcnn_core.predictor import NonFiniteError
 from schemas.errors import StorageError
@@ -96,6 +97,8 @@ def train(
         StorageError: data or checkpoints cannot be reached.
     """
     torch.set_num_threads(job.torch_threads)
+    if workers.device.type == "cpu":
+        keep_freed_memory()
     return _Run(job, workers, watcher, PreemptionWarnings(ask_preemption)).work()
 
 
