@@ -8,8 +8,7 @@ RAY_SETTINGS: Final = {
     # that is how long runs stood still in tests/chaos. Its servers take questions this often.
     "RAY_grpc_client_keepalive_time_ms": "20000",
     "RAY_grpc_client_keepalive_timeout_ms": "20000",
-    # At Ray's 15 its idle helpers, each of which wakes a hundred times a second, displace the threads that
-    # work: on two busy cores a training step took 1.14 to 1.24 times as long, with 0 1.05 to 1.09
-    # (benchmarks/training_overhead.py).
+    # At Ray's 15 what has no niceness displaces the threads that work for long: on two busy cores a training
+    # step took 1.14 to 1.24 times as long as without Ray. With 0: benchmarks/training_overhead.py.
     "RAY_worker_niceness": "0",
 }

@@ -8,8 +8,8 @@ import sys
 
 import pytest
 
-# Takes, fills and frees the same 160 MiB again and again, on the main thread or on one of its own, as under Ray
-# Train; prints the page faults of the last ten times.
+# Takes, fills and frees the same 160 MiB again and again, on the main thread or on one of its own, as under
+# Ray Train; prints the page faults of the last ten times.
 PASSES = """
 import ctypes, resource, sys, threading
 from maskrcnn_core.host_memory import keep_freed_memory
