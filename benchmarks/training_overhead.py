@@ -13,6 +13,7 @@ then with every core at work on the step.
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import statistics
@@ -201,8 +202,8 @@ def measure(
     finally:
         for side in sides:
             side.end()
-    theirs = windows(torchrun.seconds(), window_s)[-2 * num_windows - 1 :]
-    ours = windows(ray.seconds(), window_s)[-2 * num_windows - 1 : -1]
+    theirs = windows(torchrun.seconds(), window_s)[1:]
+    ours = windows(ray.seconds(), window_s)[1:-1]
     if (len(theirs), len(ours)) != (2 * num_windows + 1, 2 * num_windows):
         raise SystemExit("the machine stood still for a while; run it again, or give it a longer --window-s")
     ratios = [
@@ -219,14 +220,17 @@ def take_turn(side: Side, window_s: float, *, workers_only: bool = False) -> Non
 
 
 def windows(seconds: Sequence[float], window_s: float) -> list[float]:
-    """Mean seconds of the steps of each window. A step that a stop fell into took longer, and parts two."""
+    """Mean seconds of the steps before the first stop, then of each window, then of what was still to come.
+
+    A step that a stop fell into took longer than others, so it is where two of them part.
+    """
     parts: list[list[float]] = [[]]
-    for step_s in seconds:
+    for step_s in seconds[WARM_UP_STEPS:]:
         if step_s > window_s * 0.75:
             parts.append([])
         else:
             parts[-1].append(step_s)
-    return [statistics.mean(part) for part in parts if part]
+    return [statistics.mean(part) if part else math.nan for part in parts]
 
 
 def told(ratios: Sequence[float]) -> str:
