@@ -79,22 +79,15 @@ class Side:
     """One of the two runs, with all its processes."""
 
     def __init__(self, name: str, spec_file: Path) -> None:
-        self.times = spec_file.with_suffix(f".{name}")
+        self._times = spec_file.with_suffix(f".{name}")
         self._log = spec_file.with_suffix(".log")
-        command = [
-            sys.executable,
-            "-m",
-            "benchmarks.training_overhead",
-            "--side",
-            name,
-            "--spec",
-            str(spec_file),
-        ]
+        script = [sys.executable, "-m", "benchmarks.training_overhead"]
+        command = [*script, f"--side={name}", f"--spec={spec_file}"]
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
 
     def seconds(self) -> list[float]:
-        return [float(line) for line in self.times.read_text().split()] if self.times.exists() else []
+        return [float(line) for line in self._times.read_text().split()] if self._times.exists() else []
 
     def wait_until_warm(self) -> None:
         deadline = time.monotonic() + START_TIMEOUT_S
@@ -122,24 +115,10 @@ class Side:
     def _processes(self) -> list[int]:
         """The one that was started, and all that it started."""
         found = [self._process.pid]
-        children = _children()
         for pid in found:
-            found += children.get(pid, [])
+            for children in Path(f"/proc/{pid}/task").glob("*/children"):  # proc(5): those of each thread
+                found += map(int, children.read_text().split())
         return found
-
-
-def _children() -> dict[int, list[int]]:
-    """Of each process of this machine."""
-    children: dict[int, list[int]] = {}
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdecimal():
-            try:
-                stat = (entry / "stat").read_text()
-            except (FileNotFoundError, ProcessLookupError):
-                continue
-            parent = int(stat.rpartition(")")[2].split()[1])  # proc(5): state, then the parent
-            children.setdefault(parent, []).append(int(entry.name))
-    return children
 
 
 def _is_ray_worker(pid: int) -> bool:

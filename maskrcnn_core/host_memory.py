@@ -20,14 +20,15 @@ _MIB: Final = 1 << 20
 _LARGEST_BYTES: Final = 32 * _MIB  # glibc allows no more; what is larger has pages of its own
 _FREE_BYTES: Final = 1024 * _MIB
 # Threads but the first take memory from areas of this size. An empty one goes back, unless as much as this is
-# to be free beyond what is taken. Only addresses are reserved.
+# to be free beyond what is taken, and then none does. Only addresses are reserved.
 _AREA_BYTES: Final = 64 * _MIB
 
 
 def keep_freed_memory() -> None:
-    """Keep up to 1 GiB of freed memory for this process, in tensors of up to 32 MiB, from now on.
+    """Keep freed memory for this process from now on, that of tensors of up to 32 MiB.
 
-    The most that it takes stays the same. Where the C library is not glibc, nothing is done.
+    Of what the main thread frees it is up to 1 GiB; other threads keep all that they had at their peak. Where
+    the C library is not glibc, nothing is done.
 
     Source: mallopt(3); heap_trim in glibc's malloc/arena.c.
     """
