@@ -214,10 +214,13 @@ def test_a_killed_worker_costs_less_than_a_checkpoints_interval(
     summary = run_train(make_spec(scenes, tmp_path / "run", **settings), killed, log_every_s=0.0)
     assert killed.killed
     assert summary.status == "done"
-    starts = [told[1] for told in killed.told if isinstance(told, tuple)]
-    assert starts[0] == 0
-    assert len(starts) == 2
-    assert at_random - 10 <= starts[1] <= at_random + 1  # one is written while the next steps are taken
+    begun = {place: told[1] for place, told in enumerate(killed.told) if isinstance(told, tuple)}
+    assert len(begun) == 2
+    (_, first_begun), (restart, resumed_at) = begun.items()
+    assert first_begun == 0
+    # The workers are some steps ahead of what is told, and one checkpoint is written while they take more.
+    reached = max(losses(killed.told[:restart]))
+    assert reached - 10 <= resumed_at <= reached
     wanted = losses(whole.told)
     found = losses(killed.told)
     assert list(found) == list(range(1, 41))

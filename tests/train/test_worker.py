@@ -374,7 +374,7 @@ def _work(rank: int, job: WorkerJob, size: int, folder: str) -> None:
 
 def _diverge(rank: int, job: WorkerJob, folder: str) -> None:
     """One process of two; the loss is no number from step 3 on."""
-    met, limit = f"file://{folder}/met", timedelta(seconds=30)
+    met, limit = f"file://{folder}/met", timedelta(seconds=60)
     dist.init_process_group("gloo", init_method=met, rank=rank, world_size=2, timeout=limit)
     step = Stepper.step
 
