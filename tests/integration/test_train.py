@@ -207,7 +207,7 @@ def test_a_killed_worker_costs_less_than_a_checkpoints_interval(
         "scaling": {"num_workers": 2, "cpus_per_worker": 0.5},
         "checkpoint": {"every_steps": 5, "every_s": 1e6},
     }
-    at_random = random.randint(6, 36)
+    at_random = random.randint(6, 32)
     print(f"killed at step {at_random}")
     whole, killed = RecordingWatcher(), KillsAWorker(at_random)
     run_train(make_spec(scenes, tmp_path / "whole", **settings), whole, log_every_s=0.0)
