@@ -125,12 +125,14 @@ def _quiet_environment(*, is_local: bool) -> None:
             os.environ.setdefault(name, value)
     # An actor without a GPU keeps the devices it sees; unset, Ray warns in each worker that this will change.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    # One machine alone has no node to drain, and nobody reads what the monitor looks for in its logs or what
-    # the agent says of its processes. Each costs a hundredth of a core.
+    # One machine alone has no node to drain, and nobody reads what the monitor looks for in its logs, what
+    # the agent says of its processes, or Ray's metrics. Each costs up to a hundredth of a core.
     if is_local:
         os.environ.setdefault("REPORTER_UPDATE_INTERVAL_MS", "60000")
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
-        os.environ.setdefault("RAY_LOG_MONITOR_MANY_FILES_THRESHOLD", "0")
+        os.environ.setdefault("RAY_LOG_MONITOR_MANY_FILES_THRESHOLD", "0")  # so that the next one counts
+        os.environ.setdefault("LOG_NAME_UPDATE_INTERVAL_S", "86400")
+        os.environ.setdefault("RAY_enable_metrics_collection", "0")
     # Ray Data makes its actor pools in a way for which Ray's C++ logs an error in every run.
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
 

@@ -35,6 +35,7 @@ class Meter:
         self._waited_s: Tensor | float = 0.0
         self._terms: dict[str, Tensor] = {}
         self._norm: Tensor | float = 0.0
+        self._num_unreadable: Tensor | int = 0
 
     @property
     def seconds(self) -> float:
@@ -55,6 +56,7 @@ class Meter:
             self._terms[name] = self._terms.get(name, 0) + term
         self._norm = self._norm + figures.norm
         self._waited_s = self._waited_s + figures.waited_s
+        self._num_unreadable = self._num_unreadable + figures.num_unreadable
 
     def read(self, step: int, rate: float) -> StepMetrics:
         """The means, and begin anew."""
@@ -71,6 +73,7 @@ class Meter:
             memory_bytes=_memory_bytes(),
             num_workers=self._num_workers,
             grad_norm=norm,
+            num_unreadable=int(self._num_unreadable),
         )
         self._start(step)
         return metrics

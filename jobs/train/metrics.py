@@ -19,7 +19,8 @@ class StepMetrics:
     losses: the terms by name, means of the global batch; learning_rate: of the last step; images_per_s: of
     all workers, without the time of evaluations and of checkpoints' copies; data_wait_share: 0 to 1, of the
     same time, the mean over the workers; memory_bytes: the most that worker 0 has had, on its GPU or, without
-    one, as a process; grad_norm: before clipping.
+    one, as a process; grad_norm: before clipping; num_unreadable: images that could not be read since the
+    last report, of all workers.
     """
 
     step: int
@@ -30,6 +31,7 @@ class StepMetrics:
     memory_bytes: int
     num_workers: int
     grad_norm: float
+    num_unreadable: int = 0
 
     @property
     def loss(self) -> float:

@@ -183,6 +183,7 @@ def _course_section(history: History) -> Iterator[str]:
             ("loss, at the end", f"{steps[-1].loss:.4f}"),
             ("images/s, median", f"{median(_measured(m.images_per_s for m in steps)):.1f}"),
             ("time waiting for data, mean", f"{fmean(_measured(m.data_wait_share for m in steps)):.2%}"),
+            ("images that could not be read", f"{sum(m.num_unreadable for m in steps):,}"),
             ("memory of worker 0, most", f"{max(m.memory_bytes for m in steps) / 2**30:.1f} GiB"),
         ),
     )

@@ -40,6 +40,7 @@ from jobs.train.memory import death_for_memory, evaluation_memory, listed, step_
 from jobs.train.metrics import EvalMetrics, StepMetrics
 from jobs.train.metrics_export import MetricsExport
 from jobs.train.metrics_log import MetricsLog, read_history
+from jobs.train.one_machine import OneMachineTrainer
 from jobs.train.own_address import OwnAddressConfig
 from jobs.train.preemption import ask_ray_train
 from jobs.train.recipe import Recipe, make_recipe
@@ -72,7 +73,11 @@ class TrainingInterruptedError(TrainingFailedError):
 
 @dataclass
 class TrainSummary:
-    """What a run came to; <out>/summary.json. seconds: of this start of it; ap: mask AP of the best model."""
+    """What a run came to; <out>/summary.json.
+
+    seconds, unreadable_images: of this start of it; an image counts each time that a step wanted it. ap: mask
+    AP of the best model.
+    """
 
     run_id: str
     out: str
@@ -81,6 +86,7 @@ class TrainSummary:
     steps: int = 0
     first_step: int = 0
     seconds: float = 0.0
+    unreadable_images: int = 0
     ap: float | None = None
     evaluation: dict[str, Any] | None = None
     data: list[dict[str, Any]] = field(default_factory=list)
@@ -238,7 +244,7 @@ class _Driver:
             mailbox = Mailbox()
             try:
                 with mailbox.delivering_to(group), _interrupted_when_lost(self.lease):
-                    error = self._fit(plan, mailbox.sender())
+                    error = self._fit(plan, mailbox.sender(), is_embedded=cluster.started_here)
             finally:
                 mailbox.close()
             if not outcome.is_told:  # else it is the workers' own word that counts
@@ -272,11 +278,12 @@ class _Driver:
             "other trains there, the same command goes on from the newest checkpoint."
         )
 
-    def _fit(self, plan: TrainPlan, sender: Sender) -> Exception | None:
+    def _fit(self, plan: TrainPlan, sender: Sender, *, is_embedded: bool) -> Exception | None:
         """Train; gives the error where Ray gave the workers up. One that they told of says more."""
         workers: int | tuple[int, int] = plan.max_workers
         if plan.min_workers < plan.max_workers:
             workers = plan.min_workers, plan.max_workers
+        make_trainer = OneMachineTrainer if is_embedded and isinstance(workers, int) else TorchTrainer
         with tempfile.TemporaryDirectory(prefix="masklake-train-") as folder:
             job = WorkerJob(
                 self.record,
@@ -289,7 +296,7 @@ class _Driver:
                 plan.loader_threads,
                 self.log_every_s,
             )
-            trainer = TorchTrainer(
+            trainer = make_trainer(
                 _train_on_ray,
                 train_loop_config={"job": job, "sender": sender},
                 torch_config=OwnAddressConfig(timeout_s=_COLLECTIVE_TIMEOUT_S),
@@ -395,6 +402,7 @@ class _Outcome:
 
     def step(self, metrics: StepMetrics) -> None:
         self._summary.steps = metrics.step
+        self._summary.unreadable_images += metrics.num_unreadable
 
     def evaluated(self, metrics: EvalMetrics) -> None:
         """In the metrics log."""

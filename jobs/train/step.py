@@ -27,16 +27,26 @@ class StepFigures:
     """What is known of a step, over all workers: scalars on the device, not waited for.
 
     terms: of the loss, by name; norm: of the gradients before clipping; waited_s: seconds that a worker
-    waited for its images, the mean of all.
+    waited for its images, the mean of all; num_unreadable: images that could not be read.
     """
 
     terms: Mapping[str, Tensor]
     norm: Tensor
     waited_s: Tensor
+    num_unreadable: Tensor
 
     @property
     def loss(self) -> Tensor:
         return torch.stack([*self.terms.values()]).sum()
+
+
+@dataclass(frozen=True)
+class _PassFigures:
+    """As in StepFigures, of one pass."""
+
+    terms: Mapping[str, Tensor]
+    waited_s: Tensor
+    num_unreadable: Tensor
 
 
 class Stepper:
@@ -82,24 +92,23 @@ class Stepper:
             group["lr"] = rate
         self._optimizer.zero_grad()
         terms: dict[str, Tensor] = {}
-        everywhere_s = torch.zeros((), device=self._workers.device)
+        waited = num_unreadable = torch.zeros((), device=self._workers.device)
         for number, batch in enumerate(passes, start=1):
             share_s = waited_s / len(passes) / self._workers.size
-            found, summed_s = self._backward(batch, share_s, is_last=number == len(passes))
-            everywhere_s = everywhere_s + summed_s
-            for name, term in found.items():
+            everywhere = self._backward(batch, share_s, is_last=number == len(passes))
+            waited = waited + everywhere.waited_s
+            num_unreadable = num_unreadable + everywhere.num_unreadable
+            for name, term in everywhere.terms.items():
                 terms[name] = terms.get(name, 0) + term / len(passes)
         limit = self._recipe.clip_norm or float("inf")
         norm = torch.nn.utils.clip_grad_norm_(self._parameters, limit)
         self._optimizer.step()
         if self._average is not None:
             self._average.update(self._model, step + 1)
-        return StepFigures(terms, norm, everywhere_s)
+        return StepFigures(terms, norm, waited, num_unreadable)
 
-    def _backward(
-        self, batch: TrainingBatch, share_s: float, is_last: bool
-    ) -> tuple[dict[str, Tensor], Tensor]:
-        """Add the gradients of a pass; gives its loss terms, and the sum of share_s, over all workers."""
+    def _backward(self, batch: TrainingBatch, share_s: float, is_last: bool) -> _PassFigures:
+        """Add the gradients of a pass. share_s: adds up to waited_s over all workers."""
         device = self._workers.device
         images = batch.images.to(device, non_blocking=True).contiguous(memory_format=torch.channels_last)
         targets = [target.to(device) for target in batch.targets]
@@ -112,14 +121,18 @@ class Stepper:
             {f"sum {name}": value for name, value in found.sums.items()}
             | {f"count {name}": value for name, value in found.counts.items()}
             # full: a tensor made of a number would wait for a GPU
-            | {"waited": torch.full((), share_s, device=device)}
+            | {
+                "waited": torch.full((), share_s, device=device),
+                "unreadable": torch.full((), len(batch.unreadable), device=device),
+            }
         )
         counts = {name: everywhere[f"count {name}"].clamp(min=1) for name in found.counts}
         # DistributedDataParallel divides by the number of workers.
         share = self._workers.size / self._recipe.accumulate
         loss = torch.stack([found.sums[name] / counts[name] for name in counts]).sum() * share
         loss.backward()
-        return {name: everywhere[f"sum {name}"] / counts[name] for name in counts}, everywhere["waited"]
+        terms = {name: everywhere[f"sum {name}"] / counts[name] for name in counts}
+        return _PassFigures(terms, everywhere["waited"], everywhere["unreadable"])
 
     def _generator(self, position: int) -> torch.Generator:
         """For the samples of one image of one step."""

@@ -31,7 +31,13 @@ _START_TIMEOUT_S = 120.0
 _SUBNET = "198.18"
 _SETTLE = f"""
 set -e
-mount --bind "$DISK" /tmp
+case '{ROOT}' in /tmp/*)  # a checkout there is seen in the machine's own /tmp, too
+    checkout="$DISK"'{str(ROOT).removeprefix("/tmp")}'
+    mkdir -p "$checkout"
+    mount --bind '{ROOT}' "$checkout"
+    mount -o remount,ro,bind "$checkout"
+esac
+mount --rbind "$DISK" /tmp
 mount -t tmpfs -o size={SHARED_MEMORY_BYTES} tmpfs /dev/shm
 mount -o remount,ro,bind /
 hostname "$NAME"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -184,17 +185,22 @@ class KillsAWorker(RecordingWatcher):
 
 
 def training_workers() -> list[int]:
-    """Pids of Ray Train's workers on this machine, started by this process's Ray."""
-    found = []
+    """Pids of Ray Train's workers on this machine."""
+    return sorted(pid for pid, name in ray_processes().items() if "TrainWorker" in name)
+
+
+def ray_processes() -> dict[int, str]:
+    """Names of the processes of Ray on this machine that run Python, an actor's begins with its class."""
+    found = {}
     for folder in Path("/proc").iterdir():
         if folder.name.isdigit():
             try:
                 title = (folder / "cmdline").read_bytes()
             except OSError:
                 continue
-            if title.startswith(b"ray::") and b"TrainWorker" in title:
-                found.append(int(folder.name))
-    return sorted(found)
+            if title.startswith(b"ray::"):
+                found[int(folder.name)] = title.removeprefix(b"ray::").decode()
+    return found
 
 
 @pytest.mark.slow
@@ -242,6 +248,7 @@ def test_a_killed_driver_is_taken_up_by_the_same_command_with_the_losses_of_an_u
     (tmp_path / "train.yaml").write_text(yaml.safe_dump(spec))
     command = [sys.executable, "-m", "jobs.cli", "train", str(tmp_path / "train.yaml"), "--json"]
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    of_others = ray_processes()
     driver = subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 240
     try:
@@ -249,9 +256,12 @@ def test_a_killed_driver_is_taken_up_by_the_same_command_with_the_losses_of_an_u
             assert time.monotonic() < deadline
             assert driver.poll() is None, "it ended before it could be killed"
             time.sleep(0.05)
+        running = " ".join(name for pid, name in ray_processes().items() if pid not in of_others)
     finally:
         driver.kill()
         driver.wait()
+    assert "TrainController" in running
+    assert not re.search("DatasetManager|PlacementGroupCleaner|AutoscalingCoordinator", running), running
     ended = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300, check=False)
     assert ended.returncode == 0, ended.stderr
     summary = json.loads(ended.stdout.splitlines()[-1])

@@ -17,11 +17,15 @@ def test_an_evaluation_is_none_of_the_steps_time(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(time, "monotonic", lambda: now_s)
     measured = Meter(Recipe("one", steps=9, warmup_steps=1, total_batch=8), num_workers=2, step=4)
     for loss in (1.0, 3.0):
-        measured.add(StepFigures({"loss": torch.tensor(loss)}, torch.tensor(2.0), torch.tensor(0.5)))
+        figures = StepFigures(
+            {"loss": torch.tensor(loss)}, torch.tensor(2.0), torch.tensor(0.5), torch.tensor(loss)
+        )
+        measured.add(figures)
     now_s = 104.0
     with measured.apart():
         now_s = 150.0
     assert measured.seconds == 4.0
     told = measured.read(6, rate=0.1)
     assert (told.images_per_s, told.data_wait_share, told.losses) == (4.0, 0.25, {"loss": 2.0})
+    assert told.num_unreadable == 4
     assert measured.seconds == 0.0

@@ -33,7 +33,7 @@ FACTS = RunFacts(
 
 def step(number: int, workers: int = 2, rate: float = 10.0) -> StepMetrics:
     return StepMetrics(
-        number, {"loss_mask": 0.5, "loss_box_reg": 0.25}, 0.01, rate, 0.02, 3 << 29, workers, 1.0
+        number, {"loss_mask": 0.5, "loss_box_reg": 0.25}, 0.01, rate, 0.02, 3 << 29, workers, 1.0, 3
     )
 
 
@@ -118,6 +118,7 @@ def test_the_report_says_data_result_and_course() -> None:
     assert ["workers", "2 to 4"] in rows
     assert ["images/s, median", "20.0"] in rows
     assert ["time waiting for data, mean", "2.00%"] in rows
+    assert ["images that could not be read", "6"] in rows
     assert ["memory of worker 0, most", "1.5 GiB"] in rows
     assert "2 truncated" in report_text(FACTS, HISTORY)
 

@@ -133,7 +133,7 @@ def without_ray(monkeypatch: pytest.MonkeyPatch) -> Callable[[Fit], None]:
         monkeypatch.setattr(run, "planned_with_room", lambda *_: TrainPlan(1, 1, False, 1.0, 1, 1))
         monkeypatch.setattr(run, "MetricsExport", lambda *_: RecordingWatcher())
         monkeypatch.setattr(run, "Mailbox", FakeMailbox)
-        monkeypatch.setattr(run._Driver, "_fit", lambda driver, plan, sender: fit(sender.group))
+        monkeypatch.setattr(run._Driver, "_fit", lambda driver, plan, sender, **_: fit(sender.group))
 
     return put
 
@@ -141,12 +141,18 @@ def without_ray(monkeypatch: pytest.MonkeyPatch) -> Callable[[Fit], None]:
 def test_a_run_is_not_done_before_a_worker_has_said_so(
     make_spec: MakeSpec, without_ray: Callable[[Fit], None], tmp_path: Path
 ) -> None:
-    without_ray(lambda group: None)
+    def fit(group: TrainWatcher) -> None:
+        group.started(6, 0, "lite")
+        for step in (1, 2):
+            group.step(StepMetrics(step, {"loss_mask": 0.5}, 0.01, 12.5, 0.02, 1 << 30, 1, 1.5, step))
+
+    without_ray(fit)
     watcher = RecordingWatcher()
     with pytest.raises(TrainingFailedError, match=r"the workers ended without a word\. Run the same command"):
         run_train(make_spec(), watcher)
     assert watcher.told[-1] == "failed"
-    assert json.loads((tmp_path / "run/summary.json").read_text())["status"] == "failed"
+    summary = json.loads((tmp_path / "run/summary.json").read_text())
+    assert (summary["status"], summary["steps"], summary["unreadable_images"]) == ("failed", 2, 3)
 
 
 def test_a_worker_that_died_for_want_of_memory_is_told_with_its_step_images_and_settings(

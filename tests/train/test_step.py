@@ -9,6 +9,7 @@ import torch
 
 from jobs.train.batches import TrainingBatch
 from jobs.train.optimizer import make_optimizer
+from jobs.train.readable_images import UnreadableImage
 from jobs.train.recipe import Recipe
 from jobs.train.step import StepFigures, Stepper
 from jobs.train.workers import Workers
@@ -80,3 +81,10 @@ def test_the_time_that_images_were_waited_for_is_told() -> None:
     recipe = dataclasses.replace(RECIPE, accumulate=2)
     _, figures = take(recipe, batch(0), batch(1), waited_s=0.5)
     assert float(figures.waited_s) == pytest.approx(0.5)
+
+
+def test_images_that_could_not_be_read_are_counted() -> None:
+    recipe = dataclasses.replace(RECIPE, accumulate=2)
+    gone = UnreadableImage("0.png", "missing", "it is gone")
+    passes = (dataclasses.replace(batch(0, 1), unreadable=(gone, gone)), batch(0, 1))
+    assert float(take(recipe, *passes)[1].num_unreadable) == 2

@@ -392,6 +392,23 @@ def _diverge(rank: int, job: WorkerJob, folder: str) -> None:
     dist.destroy_process_group()
 
 
+def test_images_that_could_not_be_read_are_in_the_figures(
+    make_spec: MakeSpec, make_job: MakeJob, scenes: Path, tmp_path: Path
+) -> None:
+    described = json.loads((scenes / "annotations.json").read_text())
+    for image in described["images"][::2]:
+        image["width"] += 1
+    (tmp_path / "annotations.json").write_text(json.dumps(described))
+    spec = make_spec(
+        data={"scenes": {"uri": f"coco:{tmp_path}/annotations.json", "images": f"{scenes}/images"}}
+    )
+    watcher = RecordingWatcher()
+    train(make_job(spec), ALONE, watcher)
+    counts = [told.num_unreadable for told in watcher.told if isinstance(told, StepMetrics)]
+    assert len(counts) == 6
+    assert f"worker 0 could not read images: {sum(counts)} another_size" in watcher.told
+
+
 @pytest.mark.slow
 def test_a_checkpoint_that_is_due_after_the_loss_went_wrong_keeps_no_worker_waiting(
     make_spec: MakeSpec, make_job: MakeJob, tmp_path: Path
