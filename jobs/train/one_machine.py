@@ -3,7 +3,7 @@
 Enters: what a TorchTrainer takes. Leaves: the same training, with three processes fewer beside it. One would
 hold Ray Data's datasets, of which we have none; one frees the workers' place when their driver has died, but
 an embedded Ray dies with it; one asks an autoscaler for machines, and there is none. Each has nothing to do
-and wakes 150 times a second all the same (docs/decisions/0012-what-ray-train-may-cost.md).
+and wakes 150 times a second all the same (docs/decisions, 0013).
 """
 
 from __future__ import annotations
